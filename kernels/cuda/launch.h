@@ -1,0 +1,43 @@
+// What the entry points (api.cu) and the kernels agree on: each kernel family answers whether it applies and launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "dcngen_kernels.h"
+
+namespace dcngen {
+
+using Params = dcngen_dcnv4_params;
+
+struct ForwardArgs {
+  Params p;
+  const void* input;
+  const void* offset_mask;
+  void* output;
+};
+
+struct BackwardArgs {
+  Params p;
+  const void* grad_output;
+  const void* input;
+  const void* offset_mask;
+  void* grad_input;
+  void* grad_offset_mask;
+  void* workspace;
+};
+
+inline int taps(const Params& p) { return p.kernel_h * p.kernel_w - (p.remove_center ? 1 : 0); }
+
+// plain_*.cu: any shape, any dtype; a gather forward, a gather for offset and mask gradients, atomics for the input's.
+cudaError_t forward_plain(const ForwardArgs& args, cudaStream_t stream);
+int64_t backward_plain_workspace(const Params& p);
+cudaError_t backward_plain(const BackwardArgs& args, cudaStream_t stream);
+
+// forward_window.cu / backward_window.cu: dense products over a bounded window (see README.md of this folder's parent).
+bool forward_window_applies(const Params& p);
+cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);
+bool backward_window_applies(const Params& p);
+int64_t backward_window_workspace(const Params& p);
+cudaError_t backward_window(const BackwardArgs& args, cudaStream_t stream);
+
+}  // namespace dcngen
