@@ -1,0 +1,115 @@
+// The C entry points: check the device, choose a kernel family, launch on the caller's stream.
+#include <cstdio>
+#include <string>
+
+#include "launch.h"
+
+namespace dcngen {
+namespace {
+
+thread_local std::string last_error;
+
+int fail(const std::string& message) {
+  last_error = message;
+  return 1;
+}
+
+int check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return 0;
+  return fail(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Makes `device` current for one call and puts the caller's device back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      switched_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (switched_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool switched_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+bool nothing_to_write(const Params& p) { return p.batch == 0 || p.height_out == 0 || p.width_out == 0; }
+
+// One image must be addressable with 32-bit pixel indices; the batch as a whole need not be.
+const char* unsupported(const Params& p) {
+  constexpr int64_t kMax = int64_t{1} << 30;
+  if (p.height_in * p.width_in > kMax || p.height_out * p.width_out > kMax) return "an image has more than 2^30 pixels";
+  if (p.dtype < DCNGEN_FLOAT32 || p.dtype > DCNGEN_BFLOAT16) return "unknown dtype";
+  if (p.groups < 1 || p.group_channels < 1 || taps(p) < 1) return "groups, group_channels and taps must be at least 1";
+  return nullptr;
+}
+
+bool takes_window(const Params& p) { return backward_window_applies(p); }
+
+}  // namespace
+}  // namespace dcngen
+
+using namespace dcngen;
+
+extern "C" {
+
+int dcngen_cuda_abi_version(void) { return DCNGEN_ABI_VERSION; }
+
+const char* dcngen_cuda_last_error(void) { return last_error.c_str(); }
+
+const char* dcngen_cuda_architectures(void) {
+#ifdef DCNGEN_ARCHITECTURES
+  return DCNGEN_ARCHITECTURES;
+#else
+  return "";
+#endif
+}
+
+int dcngen_cuda_device_count(void) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorNoDevice) return 0;
+  if (error != cudaSuccess) {
+    fail(std::string("cudaGetDeviceCount: ") + cudaGetErrorString(error));
+    return -1;
+  }
+  return count;
+}
+
+int dcngen_cuda_dcnv4_forward(const dcngen_dcnv4_params* params, const void* input, const void* offset_mask,
+                              void* output, int device, void* stream) {
+  if (const char* reason = unsupported(*params)) return fail(std::string("dcnv4 forward: ") + reason);
+  if (nothing_to_write(*params)) return 0;
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 forward: selecting the device");
+  const ForwardArgs args{*params, input, offset_mask, output};
+  const auto run = forward_window_applies(args.p) ? forward_window : forward_plain;
+  return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 forward");
+}
+
+int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params) {
+  return takes_window(*params) ? backward_window_workspace(*params) : backward_plain_workspace(*params);
+}
+
+int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* grad_output, const void* input,
+                               const void* offset_mask, void* grad_input, void* grad_offset_mask, void* workspace,
+                               int device, void* stream) {
+  if (const char* reason = unsupported(*params)) return fail(std::string("dcnv4 backward: ") + reason);
+  if (params->batch == 0 || params->height_in == 0 || params->width_in == 0) return 0;
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 backward: selecting the device");
+  const BackwardArgs args{*params, grad_output, input, offset_mask, grad_input, grad_offset_mask, workspace};
+  const auto run = takes_window(args.p) ? backward_window : backward_plain;
+  return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 backward");
+}
+
+}  // extern "C"
