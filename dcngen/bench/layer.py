@@ -1,0 +1,85 @@
+"""The whole DCNv4 layer (three projections and the operator) against the 3x3 convolution whose place it takes.
+
+Forward plus backward under bf16 autocast and torch.compile, channels last, both with the same input and gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dcngen.bench.operator import provenance
+from dcngen.bench.timing import copy_bandwidth, geometric_mean, median_microseconds
+from dcngen.nn import DCNv4
+
+SHAPES = [(128, 32, 32, 256), (128, 16, 16, 512), (128, 8, 8, 1024), (64, 64, 64, 128)]
+
+
+def forward_backward(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor):
+    """A callable that runs one training pass of ``layer`` on ``x`` (any float dtype) and drops the gradients."""
+    inputs = [x, *layer.parameters()]
+
+    def step(_: int) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = layer(x)
+        torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+    return step
+
+
+def dcn_layer(channels: int, group_channels: int) -> DCNv4:
+    """A DCNv4 layer away from its zero initialisation, so that offsets and masks do real work."""
+    layer = DCNv4(channels, group=channels // group_channels).cuda()
+    with torch.no_grad():
+        layer.offset_mask.weight.normal_(std=0.2 / channels**0.5)
+        layer.offset_mask.bias.normal_(std=0.1)
+    return layer
+
+
+def time_shape(shape: tuple[int, int, int, int], group_channels: list[int]) -> dict[str, object]:
+    """Microseconds of forward plus backward of the convolution and of DCNv4 at each group width."""
+    n, h, w, c = shape
+    x = torch.randn(n, h, w, c, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn_like(x)
+    image = x.detach().permute(0, 3, 1, 2).requires_grad_()
+    convolution = nn.Conv2d(c, c, 3, padding=1).cuda().to(memory_format=torch.channels_last)
+    row: dict[str, object] = {"shape": "x".join(map(str, shape))}
+    compiled = torch.compile(convolution, dynamic=False)
+    row["conv3x3_us"] = median_microseconds(forward_backward(compiled, image, grad.permute(0, 3, 1, 2)))
+    for d in group_channels:
+        compiled = torch.compile(dcn_layer(c, d), dynamic=False, fullgraph=True)
+        row[f"dcnv4_d{d}_us"] = median_microseconds(forward_backward(compiled, x, grad))
+    return row
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns a process exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dcngen bench layer", description=__doc__)
+    parser.add_argument("--group-channels", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench layer needs a CUDA device", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    about = provenance(device, copy_bandwidth(device))
+    rows = [time_shape(shape, args.group_channels) for shape in SHAPES]
+    widths = [f"dcnv4_d{d}_us" for d in args.group_channels]
+    print(f"{about['device']}, commit {about['commit']}: forward + backward, bf16 autocast, torch.compile, microseconds")
+    for row in rows:
+        print(f"{row['shape']:>16}  conv3x3 {row['conv3x3_us']:8.1f}  " + "  ".join(f"{k[:-3]} {row[k]:8.1f}" for k in widths))
+    for key in widths:
+        ratio = geometric_mean([row[key] / row["conv3x3_us"] for row in rows])
+        print(f"{key[:-3]}: {ratio:.2f} times the convolution's time (geometric mean)")
+    if args.json:
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Inputs, the float64 reference and the error rule shared by the GPU tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dcngen.ops import dcnv4_reference, offset_mask_channels
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# One unit in the last place at 1, by dtype: the scale on which "twice plain torch" is compared.
+EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The size of a problem: images, map, groups, channels a group, and the operator's geometry."""
+
+    batch: int
+    height: int
+    width: int
+    groups: int
+    group_channels: int
+    kernel_size: int | tuple[int, int] = 3
+    stride: int = 1
+    padding: int = 1
+    dilation: int = 1
+    offset_scale: float = 1.0
+    remove_center: bool = False
+    softmax: bool = False
+
+    @property
+    def options(self) -> dict:
+        return {
+            "kernel_size": self.kernel_size, "stride": self.stride, "padding": self.padding,
+            "dilation": self.dilation, "groups": self.groups, "offset_scale": self.offset_scale,
+            "remove_center": self.remove_center, "softmax": self.softmax,
+        }  # fmt: skip
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return (self.kernel_size,) * 2 if isinstance(self.kernel_size, int) else self.kernel_size
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1] - int(self.remove_center)
+
+    def output_size(self) -> tuple[int, int]:
+        def extent(size: int, kernel: int) -> int:
+            return (size + 2 * self.padding - (self.dilation * (kernel - 1) + 1)) // self.stride + 1
+
+        return extent(self.height, self.kernel[0]), extent(self.width, self.kernel[1])
+
+
+def make(geometry: Geometry, dtype: torch.dtype, *, offset_std: float = 0.4, seed: int = 0):
+    """(input, offset_mask, grad_output) on the GPU; the padding channels hold NaN, which nobody may read."""
+    g, generator = geometry, torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    h, w = g.output_size()
+    p, used = offset_mask_channels(g.groups, g.kernel_size, g.remove_center), 3 * g.groups * g.taps
+    offset_mask = torch.full((g.batch, h, w, p), float("nan"), device="cuda")
+    per_group = torch.cat([normal(g.batch, h, w, g.groups, 2 * g.taps) * offset_std,
+                           normal(g.batch, h, w, g.groups, g.taps)], -1)  # fmt: skip
+    offset_mask[..., :used] = per_group.flatten(-2)
+    channels = g.groups * g.group_channels
+    value, grad = normal(g.batch, g.height, g.width, channels), normal(g.batch, h, w, channels)
+    return value.to(dtype), offset_mask.to(dtype), grad.to(dtype)
+
+
+def reference(geometry: Geometry, value, offset_mask, grad, dtype=torch.float64):
+    """Output and gradients of the plain-torch formula computed in ``dtype``."""
+    value = value.detach().to(dtype).requires_grad_()
+    offset_mask = offset_mask.detach().to(dtype).requires_grad_()
+    output = dcnv4_reference(value, offset_mask, **geometry.options)
+    return (output, *torch.autograd.grad(output, (value, offset_mask), grad.to(dtype)))
+
+
+def native(geometry: Geometry, value, offset_mask, grad):
+    """Output and gradients of the compiled operator, through the public function and autograd."""
+    from dcngen.ops import dcnv4
+
+    # What the allocator hands out next holds NaN, so that an element nobody wrote shows.
+    for like in (grad, value, offset_mask):
+        torch.full_like(like, float("nan"))
+    value, offset_mask = value.detach().requires_grad_(), offset_mask.detach().requires_grad_()
+    output = dcnv4(value, offset_mask, **geometry.options)
+    return (output, *torch.autograd.grad(output, (value, offset_mask), grad))
+
+
+def assert_close(geometry: Geometry, got, exact, plain, dtype: torch.dtype) -> None:
+    """The worst error of each result is at most twice the plain-torch formula's, plus two units in the last place."""
+    for name, ours, best, same_dtype in zip(("output", "grad_input", "grad_offset_mask"), got, exact, plain):
+        assert ours.dtype == dtype and ours.shape == best.shape, f"{name}: {ours.dtype} {tuple(ours.shape)}"
+        if best.numel() == 0:
+            continue
+        assert not torch.isnan(ours).any(), f"{name} of {geometry}: NaN"
+        scale = float(best.abs().max())
+        error = float((ours.double() - best).abs().max())
+        allowed = 2 * float((same_dtype.double() - best).abs().max()) + 2 * EPSILON[dtype] * scale
+        assert error <= allowed, f"{name} of {geometry} in {dtype}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check(geometry: Geometry, dtype: torch.dtype, **options) -> None:
+    """The compiled operator against the float64 reference on fresh inputs."""
+    tensors = make(geometry, dtype, **options)
+    assert_close(geometry, native(geometry, *tensors), reference(geometry, *tensors),
+                 reference(geometry, *tensors, dtype=dtype), dtype)  # fmt: skip

@@ -1,0 +1,127 @@
+"""How the operator lives in torch on a GPU: autocast, compile, graphs, streams, devices, memory, host overhead."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+from gpu.helpers import Geometry, make, native
+
+from dcngen.nn import DCNv4
+from dcngen.ops import dcnv4, offset_mask_channels
+
+GEOMETRY = Geometry(4, 16, 16, 4, 32)
+
+
+def test_autocast_unifies_dtypes():
+    value, offset_mask, _ = make(GEOMETRY, torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        mixed = dcnv4(value.bfloat16(), offset_mask, **GEOMETRY.options)
+    assert mixed.dtype == torch.bfloat16
+    expected = dcnv4(value.bfloat16(), offset_mask.bfloat16(), **GEOMETRY.options)
+    assert torch.equal(mixed, expected)
+
+
+def test_compiles_whole_and_only_once():
+    layer = DCNv4(64, group=2).cuda()
+    torch.nn.init.normal_(layer.offset_mask.bias, std=0.3)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(4, 12, 12, 64, device="cuda", requires_grad=True)
+    torch._dynamo.utils.counters.clear()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        for _ in range(3):
+            out = compiled(x)
+        expected = layer(x)
+    out.sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_graph_replay_follows_new_inputs():
+    value, offset_mask, grad = make(GEOMETRY, torch.float16)
+    static = [t.clone() for t in (value, offset_mask, grad)]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        native(GEOMETRY, *static)  # warm-up outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = native(GEOMETRY, *static)
+    fresh = make(GEOMETRY, torch.float16, seed=7, offset_std=0.2)
+    for target, source in zip(static, fresh):
+        target.copy_(source)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, expected in zip(captured, native(GEOMETRY, *fresh)):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_two_streams_do_not_disturb_each_other():
+    problems = [make(GEOMETRY, torch.float16, seed=s, offset_std=0.2) for s in range(2)]
+    expected = [native(GEOMETRY, *p) for p in problems]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results = [None, None]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i] = native(GEOMETRY, *problems[i])
+    torch.cuda.synchronize()
+    for got, want in zip(results, expected):
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_the_device_of_the_tensors_is_used():
+    value, offset_mask, grad = make(GEOMETRY, torch.float16)
+    expected = native(GEOMETRY, value, offset_mask, grad)
+    torch.cuda.set_device(0)
+    other = native(GEOMETRY, *(t.to("cuda:1") for t in (value, offset_mask, grad)))
+    for a, b in zip(other, expected):
+        assert a.device == torch.device("cuda", 1)
+        torch.testing.assert_close(a.to("cuda:0"), b, rtol=1e-3, atol=1e-3)
+
+
+def test_tensors_on_different_devices_are_refused():
+    value, offset_mask, _ = make(GEOMETRY, torch.float16)
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        dcnv4(value, offset_mask.cpu(), **GEOMETRY.options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_peak_memory_is_inputs_outputs_and_gradients(dtype):
+    geometry = Geometry(32, 32, 32, 8, 32)
+    tensors = make(geometry, dtype)
+    native(geometry, *tensors)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = native(geometry, *tensors)
+    torch.cuda.synchronize()
+    sizes = sum(t.numel() * t.element_size() for t in results)
+    inputs = sum(t.numel() * t.element_size() for t in tensors)
+    assert torch.cuda.max_memory_allocated() - before <= sizes + 0.05 * (sizes + inputs)
+
+
+def test_host_overhead_of_a_forward_without_gradients():
+    value = torch.randn(1, 8, 8, 64, device="cuda", dtype=torch.float16)
+    offset_mask = torch.zeros(1, 8, 8, offset_mask_channels(2), device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        for _ in range(200):
+            dcnv4(value, offset_mask, groups=2)
+        torch.cuda.synchronize()
+        series = []
+        for _ in range(9):
+            start = time.perf_counter()
+            for _ in range(200):
+                dcnv4(value, offset_mask, groups=2)
+            series.append((time.perf_counter() - start) / 200 * 1e6)
+            torch.cuda.synchronize()
+    microseconds = statistics.median(series)
+    print(f"host time of one call: {microseconds:.1f} us")
+    assert microseconds < 15
