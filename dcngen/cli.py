@@ -6,6 +6,7 @@ every ``--help`` is quick.
 
 import difflib
 import importlib
+import os
 import sys
 
 # command: (module with a main(argv) function, one line for the help)
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
-        if "--traceback" in argv or not str(error):
+    except (ValueError, RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
+        if os.environ.get("DCNGEN_TRACEBACK") or not str(error):
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}\n(DCNGEN_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
         return 1
