@@ -1,0 +1,231 @@
+// The C entry points: check the parameters, choose the instruction set, share out the work.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+#include "threads.h"
+
+namespace dcngen_cpu {
+namespace {
+
+thread_local std::string last_error;
+
+int fail(const std::string& message) {
+  last_error = message;
+  return 1;
+}
+
+// DCNGEN_CPU_ISA=baseline or avx2 in the environment forbids the wider sets: for tests and for comparing.
+const Kernels& choose_kernels() {
+#if defined(__x86_64__)
+  const char* wanted = std::getenv("DCNGEN_CPU_ISA");
+  const std::string most = wanted ? wanted : "avx512";
+  __builtin_cpu_init();
+  // Every processor with AVX2 and FMA has F16C too.
+  const bool avx2 = most != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && most != "avx2" && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512) return kAvx512Kernels;
+  if (avx2) return kAvx2Kernels;
+#endif
+  return kBaselineKernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+// --- checks ---
+
+void require(bool holds, const char* expected, int64_t got) {
+  if (!holds) throw std::string("expected ") + expected + ", got " + std::to_string(got);
+}
+
+int64_t output_size(int64_t size, int pad, int dilation, int kernel, int stride) {
+  const int64_t room = size + 2 * int64_t{pad} - (int64_t{dilation} * (kernel - 1) + 1);
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+void check_sizes(const dcngen_dcnv4_params& p, int taps) {
+  // Coordinates are floats and pixel indices 32 bits within one image; the batch has no limit.
+  constexpr int64_t kMaxSide = 1 << 23, kMaxPixels = int64_t{1} << 31;
+  require(p.dtype >= DCNGEN_FLOAT32 && p.dtype <= DCNGEN_BFLOAT16, "a dcngen_dtype", p.dtype);
+  require(p.batch >= 0, "batch of at least 0", p.batch);
+  require(p.groups >= 1, "groups of at least 1", p.groups);
+  require(p.group_channels >= 1, "group_channels of at least 1", p.group_channels);
+  for (int64_t side : {p.height_in, p.width_in, p.height_out, p.width_out}) {
+    require(side >= 0 && side <= kMaxSide, "heights and widths of 0 to 2^23", side);
+  }
+  require(p.height_in * p.width_in < kMaxPixels, "input images of less than 2^31 pixels", p.height_in * p.width_in);
+  for (int size : {p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) {
+    require(size >= 1 && size < 1 << 20, "kernel sizes, strides and dilations of at least 1 and less than 2^20", size);
+  }
+  for (int pad : {p.pad_h, p.pad_w}) require(pad >= 0 && pad < 1 << 20, "padding of at least 0 and less than 2^20", pad);
+  require(int64_t{p.kernel_h} * p.kernel_w <= kMaxSamples, "at most 144 taps", int64_t{p.kernel_h} * p.kernel_w);
+  require(taps >= 1, "at least 1 tap", taps);
+  require(p.height_out == output_size(p.height_in, p.pad_h, p.dilation_h, p.kernel_h, p.stride_h),
+          "height_out = (height_in + 2 * pad - (dilation * (kernel - 1) + 1)) / stride + 1", p.height_out);
+  require(p.width_out == output_size(p.width_in, p.pad_w, p.dilation_w, p.kernel_w, p.stride_w),
+          "width_out = (width_in + 2 * pad - (dilation * (kernel - 1) + 1)) / stride + 1", p.width_out);
+}
+
+void check_strides(const dcngen_dcnv4_params& p, int taps, bool backward) {
+  const int64_t channels = int64_t{p.groups} * p.group_channels, least = int64_t{3} * p.groups * taps;
+  require(p.offset_mask_channels >= least, "offset_mask_channels of at least 3 * groups * taps",
+          p.offset_mask_channels);
+  require(p.input_pixel_stride >= channels, "input_pixel_stride of at least the channels", p.input_pixel_stride);
+  require(p.output_pixel_stride >= channels, "output_pixel_stride of at least the channels", p.output_pixel_stride);
+  require(p.offset_mask_pixel_stride >= least, "offset_mask_pixel_stride of at least 3 * groups * taps",
+          p.offset_mask_pixel_stride);
+  if (!backward) return;
+  require(p.grad_input_pixel_stride >= channels, "grad_input_pixel_stride of at least the channels",
+          p.grad_input_pixel_stride);
+  require(p.grad_offset_mask_pixel_stride >= p.offset_mask_channels,
+          "grad_offset_mask_pixel_stride of at least offset_mask_channels", p.grad_offset_mask_pixel_stride);
+}
+
+Problem make_problem(const dcngen_dcnv4_params* params, bool backward) {
+  if (!params) throw std::string("expected params, got a null pointer");
+  Problem q{};
+  q.p = *params;
+  const auto& p = q.p;
+  const bool remove = p.remove_center && p.kernel_h % 2 && p.kernel_w % 2;
+  if (p.remove_center && !remove) throw std::string("expected odd kernel sizes with remove_center");
+  q.taps = p.kernel_h * p.kernel_w - (remove ? 1 : 0);
+  check_sizes(p, q.taps);
+  check_strides(p, q.taps, backward);
+
+  const int center_x = p.dilation_w * (p.kernel_w - 1) / 2, center_y = p.dilation_h * (p.kernel_h - 1) / 2;
+  q.origin_x = center_x - p.pad_w;
+  q.origin_y = center_y - p.pad_h;
+  int k = 0;
+  for (int i = 0; i < p.kernel_w; ++i) {
+    for (int j = 0; j < p.kernel_h; ++j) {
+      if (remove && i == p.kernel_w / 2 && j == p.kernel_h / 2) continue;
+      q.grid_x[k] = static_cast<float>(i * p.dilation_w - center_x);
+      q.grid_y[k] = static_cast<float>(j * p.dilation_h - center_y);
+      ++k;
+    }
+  }
+  return q;
+}
+
+// Runs a call; whatever goes wrong becomes a message for this thread.
+template <class Call>
+int guarded(const char* name, Call call) {
+  try {
+    call();
+    return 0;
+  } catch (const std::string& message) {
+    return fail(std::string(name) + ": " + message);
+  } catch (const std::bad_alloc&) {
+    return fail(std::string(name) + ": out of memory for the scratch buffers; use fewer threads or a smaller map");
+  } catch (const std::exception& error) {
+    return fail(std::string(name) + ": " + error.what());
+  }
+}
+
+// --- the work ---
+
+// Multiply-adds of one pass over all samples, with the cost of finding the places counted as 16 channels.
+double work_of(const Problem& q) {
+  const auto& p = q.p;
+  return static_cast<double>(p.batch) * static_cast<double>(p.height_out * p.width_out) * p.groups * q.taps * 4.0 *
+         (p.group_channels + 16.0);
+}
+
+std::vector<float> zeros_for(const Problem& q) { return std::vector<float>(static_cast<size_t>(q.p.group_channels)); }
+
+// Shares rows out over `threads` threads in contiguous parts.
+template <class Args>
+void share_rows(void (*run)(const Args&, int64_t, int64_t), const Args& args, int threads) {
+  const auto& p = args.problem->p;
+  const int64_t rows = p.batch * p.height_out * p.groups;
+  threads = static_cast<int>(std::min<int64_t>(threads, rows));
+  if (threads < 1) return;
+  run_threads(threads, [&](int i) { run(args, share_begin(rows, threads, i), share_begin(rows, threads, i + 1)); });
+}
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// Into how many slices to cut each group's channels. One, with all gradients in one pass, where there are enough images
+// and groups for the threads; otherwise the places are found twice, the offset gradients shared out by rows and the
+// input gradient by channels. Sums are taken in the same order either way.
+int choose_slices(const Problem& q, int threads) {
+  const int64_t units = q.p.batch * q.p.groups;
+  const int most = ceil_div(q.p.group_channels, kChannelQuantum);
+  if (units >= 4 * int64_t{threads} || most == 1 || units == 0) return 1;
+  const int cut = static_cast<int>(std::min<int64_t>(most, ceil_div(threads, units)));
+  constexpr double kSplitCost = 0.65;  // of each of the two passes, the single pass being 1
+  const double whole = ceil_div(units, threads);
+  const double split = kSplitCost * (static_cast<double>(units) / threads +
+                                     static_cast<double>(ceil_div(units * cut, threads)) / cut);
+  return split < whole ? cut : 1;
+}
+
+void run_backward(const Problem& q, Backward b, int num_threads) {
+  const auto& p = q.p;
+  const std::vector<float> zeros = zeros_for(q);
+  b.problem = &q;
+  b.zeros = zeros.data();
+  int threads = threads_for(2 * work_of(q), num_threads);
+  const int cut = choose_slices(q, threads);
+  const int quanta = ceil_div(p.group_channels, kChannelQuantum);
+  b.slice_channels = cut == 1 ? p.group_channels : ceil_div(quanta, cut) * kChannelQuantum;
+  b.slices_per_group = ceil_div(p.group_channels, b.slice_channels);
+  const bool whole = b.slices_per_group == 1;
+
+  if (!whole) share_rows(kernels().backward_places, b, threads);
+  const int64_t slices = p.batch * p.groups * b.slices_per_group;
+  threads = static_cast<int>(std::min<int64_t>(threads, slices));
+  if (threads < 1) return;
+  const size_t slice_floats = static_cast<size_t>(p.height_in * p.width_in + 1) * b.slice_channels;
+  std::vector<std::unique_ptr<float[]>> scratch;
+  for (int i = 0; i < threads; ++i) scratch.emplace_back(new float[slice_floats]);
+  run_threads(threads, [&](int i) {
+    kernels().backward_slices(b, share_begin(slices, threads, i), share_begin(slices, threads, i + 1),
+                              scratch[static_cast<size_t>(i)].get(), whole);
+  });
+}
+
+}  // namespace
+}  // namespace dcngen_cpu
+
+using namespace dcngen_cpu;
+
+extern "C" {
+
+int dcngen_cpu_abi_version(void) { return DCNGEN_ABI_VERSION; }
+
+const char* dcngen_cpu_last_error(void) { return last_error.c_str(); }
+
+const char* dcngen_cpu_isa(void) { return kernels().name; }
+
+int dcngen_cpu_dcnv4_forward(const dcngen_dcnv4_params* params, const void* input, const void* offset_mask,
+                             void* output, int num_threads) {
+  return guarded("dcnv4 forward", [&] {
+    const Problem q = make_problem(params, false);
+    const std::vector<float> zeros = zeros_for(q);
+    const Forward f{&q, input, offset_mask, zeros.data(), output};
+    share_rows(kernels().forward, f, threads_for(work_of(q), num_threads));
+  });
+}
+
+int dcngen_cpu_dcnv4_backward(const dcngen_dcnv4_params* params, const void* grad_output, const void* input,
+                              const void* offset_mask, void* grad_input, void* grad_offset_mask, int num_threads) {
+  return guarded("dcnv4 backward", [&] {
+    const Problem q = make_problem(params, true);
+    run_backward(q, {nullptr, grad_output, input, offset_mask, nullptr, grad_input, grad_offset_mask, 1, 1},
+                 num_threads);
+  });
+}
+
+}  // extern "C"
