@@ -1,0 +1,326 @@
+// The window forward: one block computes a tile of output pixels x 64 channels by dense products (see window.cuh).
+//
+// A warp owns 32 (pixel, group) pairs at a time, one a lane: two units of a 4x4 pixel block and one group. Each lane
+// turns its offsets and masks into a row of its unit's matrix S while the input tile is still arriving; then the warp
+// multiplies S by the window. Far samples are left out of S and gathered into the fp32 sums afterwards.
+#pragma once
+
+#include "window.cuh"
+
+namespace dcngen::window {
+
+// What the kernel needs of ForwardArgs. A "slice" is CHANNELS consecutive channels of one group: a whole group, or a
+// part of a group too wide for the tile. Slices are numbered by channel: slice v begins at channel v * CHANNELS.
+struct ForwardWindow {
+  const void* input;
+  const void* offset_mask;
+  void* output;
+  int64_t input_stride, offset_mask_stride, output_stride;  // elements from pixel to pixel
+  int height_in, width_in, height_out, width_out, pad_h, pad_w;
+  int slices, channels, offset_mask_bytes;
+  OffsetScale scale;
+  FastDivide slices_per_group, chunks, tiles_x, tiles_y;
+};
+
+template <int CHANNELS_, int TILE_W_>
+struct ForwardShape {
+  static constexpr int CHANNELS = CHANNELS_;                    // channels of a slice
+  static constexpr int TILE_H = 8, TILE_W = TILE_W_;            // output pixels of a block
+  static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
+  static constexpr int PIXEL_BLOCKS = TILE_H / 4 * BLOCKS_X;
+  static constexpr int SLICES = kTileChannels / CHANNELS;       // slices of a block
+  static constexpr int TASKS = PIXEL_BLOCKS * SLICES / 2;       // a task is two units
+  static constexpr int WARPS = TASKS < 8 ? TASKS : 8;
+  static constexpr int THREADS = WARPS * 32;
+  static constexpr int WARP_TASKS = TASKS / WARPS;
+  static constexpr int WARP_PIXEL_BLOCKS = SLICES == 1 ? 2 : 1;  // a task's units differ in pixel block or in slice
+  static constexpr int WARP_SLICES = SLICES == 1 ? 1 : 2 * WARP_TASKS;
+  static constexpr int WARPS_PER_PIXEL_BLOCK = SLICES == 1 ? 1 : SLICES / WARP_SLICES;
+
+  using Tile = PixelTile<TILE_H + 4, TILE_W + 4>;
+  using Span = GroupSpan<WARP_SLICES>;
+  static constexpr int OFFSET_MASK_BYTES = WARP_PIXEL_BLOCKS * 16 * Span::PITCH;
+  static constexpr int STENCIL_BYTES = 2 * StencilMatrix::BYTES;
+  // With one task a warp's offsets are read before S is written, so the two share memory.
+  static constexpr int WARP_BYTES = WARP_TASKS > 1                       ? OFFSET_MASK_BYTES + STENCIL_BYTES
+                                    : OFFSET_MASK_BYTES > STENCIL_BYTES ? OFFSET_MASK_BYTES
+                                                                         : STENCIL_BYTES;
+  static constexpr int STENCIL_AT = WARP_TASKS > 1 ? OFFSET_MASK_BYTES : 0;
+  static constexpr int BYTES = Tile::BYTES + WARPS * WARP_BYTES;
+  // Blocks a multiprocessor should hold: what shared memory allows, but at least 80 registers a thread.
+  static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (80 * THREADS);
+  static constexpr int MIN_BLOCKS = BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
+
+  static constexpr int PASS_CHANNELS = CHANNELS < 32 ? CHANNELS : 32;  // channels of one pass of products
+  static constexpr int PASSES = CHANNELS / PASS_CHANNELS;
+  static constexpr int PASS_CHUNKS = PASS_CHANNELS / 8;
+  static constexpr int OUTPUT_PITCH = PASS_CHUNKS * 16 + 16;  // of the staged result, inside S of the unit
+  static_assert(16 * OUTPUT_PITCH <= StencilMatrix::BYTES, "the result is staged where S was");
+};
+
+// Where a thread's block lies, and a pixel of it in the output.
+struct OutputTile {
+  int chunk, x0, y0;
+  int64_t image;
+  __device__ __forceinline__ int pixel(const ForwardWindow& p, int y, int x) const {
+    return y0 + y < p.height_out && x0 + x < p.width_out ? (y0 + y) * p.width_out + x0 + x : -1;
+  }
+};
+
+template <typename Shape>
+__device__ __forceinline__ OutputTile locate_tile(const ForwardWindow& p) {
+  uint32_t rest = blockIdx.x;
+  OutputTile tile;
+  tile.chunk = static_cast<int>(p.chunks.split(rest));
+  tile.x0 = static_cast<int>(p.tiles_x.split(rest)) * Shape::TILE_W;
+  tile.y0 = static_cast<int>(p.tiles_y.split(rest)) * Shape::TILE_H;
+  tile.image = rest;
+  return tile;
+}
+
+// sums[j][..] += S * window for the CHUNKS chunks of 8 channels from `chunk` on; `corner` is window pixel (0, 0).
+template <typename Tile, typename T, int CHUNKS>
+__device__ __forceinline__ void multiply(float (&sums)[CHUNKS][4], const uint32_t (&a)[4][4], uint32_t tile, int row,
+                                         int column, int chunk, int lane) {
+  constexpr int ROW_BYTES = Tile::COLUMNS * kTilePixelBytes;
+  const int r = lane & 7, i = lane >> 3;
+  if constexpr (CHUNKS == 1) {
+    const uint32_t from = Tile::address(tile, row + i, column + r, chunk);
+#pragma unroll
+    for (int s = 0; s < 4; s += 2) {
+      uint32_t b[4];
+      load_matrices_transposed(b, from + 2 * s * ROW_BYTES);
+      Dtype<T>::mma(sums[0], a[s], b[0], b[1]);
+      Dtype<T>::mma(sums[0], a[s + 1], b[2], b[3]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j += 2) {
+      const uint32_t from = Tile::address(tile, row + (i & 1), column + r, chunk + j + (i >> 1));
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        uint32_t b[4];
+        load_matrices_transposed(b, from + 2 * s * ROW_BYTES);
+        Dtype<T>::mma(sums[j], a[s], b[0], b[1]);
+        Dtype<T>::mma(sums[j + 1], a[s], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Adds the far taps of one pixel to its sums: this lane's two channels of every chunk. HALF picks the sums of row
+// lane / 4 (0) or lane / 4 + 8 (1). `taps` is the (pixel, group)'s offset_mask in global memory.
+template <typename T, int CHUNKS, int HALF>
+__device__ __forceinline__ void add_far_taps(float (&sums)[CHUNKS][4], unsigned far, const ForwardWindow& p,
+                                             const T* taps, const T* image, int oy, int ox) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(taps);
+  for (; far; far &= far - 1) {
+    const int k = __ffs(far) - 1;
+    const uint32_t word = bits[2 * k] | static_cast<uint32_t>(bits[2 * k + 1]) << 16;
+    const float mask = Dtype<T>::low(bits[2 * kTaps + k]);
+    const float x = static_cast<float>(ox + 1 - p.pad_w) +
+                    p.scale.scale * (static_cast<float>(k / 3 - 1) + Dtype<T>::low(word));
+    const float y = static_cast<float>(oy + 1 - p.pad_h) +
+                    p.scale.scale * (static_cast<float>(k % 3 - 1) + Dtype<T>::high(word));
+    if (!(x > -1.f && y > -1.f && x < static_cast<float>(p.width_in) && y < static_cast<float>(p.height_in))) continue;
+    const float floor_x = floorf(x), floor_y = floorf(y);
+    const float lx = x - floor_x, ly = y - floor_y;
+    const int x0 = static_cast<int>(floor_x), y0 = static_cast<int>(floor_y);
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const int cx = x0 + (corner & 1), cy = y0 + (corner >> 1);
+      if (cx < 0 || cy < 0 || cx >= p.width_in || cy >= p.height_in) continue;
+      const float weight = mask * (corner & 1 ? lx : 1.f - lx) * (corner >> 1 ? ly : 1.f - ly);
+      const T* from = image + static_cast<int64_t>(cy * p.width_in + cx) * p.input_stride;
+#pragma unroll
+      for (int j = 0; j < CHUNKS; ++j) {
+        const uint32_t value = *reinterpret_cast<const uint32_t*>(from + 8 * j);
+        sums[j][2 * HALF] = fmaf(weight, Dtype<T>::low(value), sums[j][2 * HALF]);
+        sums[j][2 * HALF + 1] = fmaf(weight, Dtype<T>::high(value), sums[j][2 * HALF + 1]);
+      }
+    }
+  }
+}
+
+// Rounds the sums of 16 pixels and writes them as 16-byte pieces, turned through shared memory (`staging`).
+template <typename Shape, typename T, typename PixelAt>
+__device__ __forceinline__ void store_result(const float (&sums)[Shape::PASS_CHUNKS][4], uint32_t staging, T* output,
+                                             int64_t output_stride, int lane, PixelAt pixel_at) {
+  constexpr int CHUNKS = Shape::PASS_CHUNKS, PITCH = Shape::OUTPUT_PITCH;
+  const uint32_t to = staging + (lane >> 2) * PITCH + (lane & 3) * 4;
+#pragma unroll
+  for (int j = 0; j < CHUNKS; ++j) {
+    store_shared(to + j * 16, Dtype<T>::pack(sums[j][0], sums[j][1]));
+    store_shared(to + j * 16 + 8 * PITCH, Dtype<T>::pack(sums[j][2], sums[j][3]));
+  }
+  __syncwarp();
+#pragma unroll
+  for (int item = lane; item < 16 * CHUNKS; item += 32) {
+    const int m = item / CHUNKS, chunk = item % CHUNKS, pixel = pixel_at(m);
+    const uint4 value = load_shared16(staging + m * PITCH + chunk * 16);
+    if (pixel >= 0) *reinterpret_cast<uint4*>(output + pixel * output_stride + chunk * 8) = value;
+  }
+  __syncwarp();
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
+    forward_window_kernel(const __grid_constant__ ForwardWindow p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  using Tile = typename Shape::Tile;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
+  const uint32_t tile = smem_address(shared), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
+  const uint32_t stencil_matrices = own + Shape::STENCIL_AT;
+  const OutputTile at = locate_tile<Shape>(p);
+
+  const T* image = static_cast<const T*>(p.input) + at.image * p.height_in * p.width_in * p.input_stride;
+  const int64_t first_output = at.image * p.height_out * p.width_out;
+  const T* image_taps = static_cast<const T*>(p.offset_mask) + first_output * p.offset_mask_stride;
+  T* output = static_cast<T*>(p.output) + first_output * p.output_stride;
+
+  // The warp's pixel blocks and slices; pixel q of the warp is pixel q % 16 of its block q / 16.
+  const int first_block = warp / Shape::WARPS_PER_PIXEL_BLOCK * Shape::WARP_PIXEL_BLOCKS;
+  const int tile_slice = warp % Shape::WARPS_PER_PIXEL_BLOCK * Shape::WARP_SLICES;  // its first, within the tile
+  const int first_slice = at.chunk * Shape::SLICES + tile_slice;
+  auto block_y = [&](int block) { return block / Shape::BLOCKS_X * 4; };
+  auto block_x = [&](int block) { return block % Shape::BLOCKS_X * 4; };
+  auto pixel_of = [&](int block, int m) { return at.pixel(p, block_y(block) + (m >> 2), block_x(block) + (m & 3)); };
+
+  const int first_byte = Shape::Span::first_byte(static_cast<int>(p.slices_per_group.divide(first_slice)));
+  copy_offset_mask<Shape::WARP_SLICES, 32>(own, reinterpret_cast<const char*>(image_taps), p.offset_mask_stride * 2,
+                                           first_byte, p.offset_mask_bytes, Shape::WARP_PIXEL_BLOCKS * 16, lane,
+                                           [&](int q) { return pixel_of(first_block + (q >> 4), q & 15); });
+  copy_commit();
+  Tile::template copy<Shape::THREADS>(tile, image, p.height_in, p.width_in, p.input_stride, at.y0 - p.pad_h - 1,
+                                      at.x0 - p.pad_w - 1, at.chunk * kTileChannels, p.channels, thread);
+  copy_commit();
+  copy_wait<1>();
+  __syncwarp();
+
+  const int m = lane & 15, unit_of_lane = lane >> 4;
+#pragma unroll 1
+  for (int task = 0; task < Shape::WARP_TASKS; ++task) {
+    // Unit u of the task: pixel block first_block + u or slice 2 * task + u.
+    unsigned far = 0;
+    {
+      const int slice = first_slice + (Shape::SLICES == 1 ? 0 : 2 * task + unit_of_lane);
+      const int q = Shape::SLICES == 1 ? lane : m;
+      const int group = static_cast<int>(p.slices_per_group.divide(slice));
+      Taps taps = load_taps(own + q * Shape::Span::PITCH + group * kGroupValues * 2 - first_byte);
+      if (__any_sync(kAllLanes, may_be_far<T>(taps, p.scale))) {
+        far = take_far_taps<T>(taps, p.scale);
+        const int block = first_block + (Shape::SLICES == 1 ? unit_of_lane : 0);
+        if (slice >= p.slices || pixel_of(block, m) < 0) far = 0;
+      }
+      float stencil[5][5];
+      stencil_weights<T>(stencil, taps, p.scale);
+      if (Shape::WARP_TASKS == 1) __syncwarp();  // S overwrites the offsets of other lanes
+      StencilMatrix::store_row<T>(stencil_matrices + unit_of_lane * StencilMatrix::BYTES, m, stencil);
+    }
+    if (task == 0) {
+      copy_wait<0>();
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+    const bool any_far = __any_sync(kAllLanes, far != 0);
+
+#pragma unroll 1
+    for (int unit = 0; unit < 2; ++unit) {
+      const int block = first_block + (Shape::SLICES == 1 ? unit : 0);
+      const int slice_in_warp = Shape::SLICES == 1 ? 0 : 2 * task + unit;
+      const uint32_t matrix = stencil_matrices + unit * StencilMatrix::BYTES;
+      const int slice = first_slice + slice_in_warp;
+      if (slice >= p.slices) break;
+      uint32_t a[4][4];
+      StencilMatrix::load(a, matrix, lane);
+      __syncwarp();
+      const int chunk = (tile_slice + slice_in_warp) * (Shape::CHANNELS / 8);
+#pragma unroll
+      for (int pass = 0; pass < Shape::PASSES; ++pass) {
+        float sums[Shape::PASS_CHUNKS][4] = {};
+        multiply<Tile, T>(sums, a, tile, block_y(block), block_x(block), chunk + pass * Shape::PASS_CHUNKS, lane);
+        const int first_channel = slice * Shape::CHANNELS + pass * Shape::PASS_CHANNELS;
+        if (any_far) {
+          const int row = lane >> 2;
+          const unsigned far_0 = __shfl_sync(kAllLanes, far, unit * 16 + row);
+          const unsigned far_1 = __shfl_sync(kAllLanes, far, unit * 16 + row + 8);
+          const T* group_taps =
+              image_taps + static_cast<int>(p.slices_per_group.divide(slice)) * kGroupValues;
+          const T* from = image + first_channel + (lane & 3) * 2;
+          const int oy = at.y0 + block_y(block) + (row >> 2), ox = at.x0 + block_x(block) + (row & 3);
+          const int64_t pixel = oy * p.width_out + ox;
+          add_far_taps<T, Shape::PASS_CHUNKS, 0>(sums, far_0, p, group_taps + pixel * p.offset_mask_stride, from, oy,
+                                                 ox);
+          add_far_taps<T, Shape::PASS_CHUNKS, 1>(
+              sums, far_1, p, group_taps + (pixel + 2 * p.width_out) * p.offset_mask_stride, from, oy + 2, ox);
+        }
+        store_result<Shape, T>(sums, matrix, output + first_channel, p.output_stride, lane,
+                               [&](int pixel) { return pixel_of(block, pixel); });
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ launching
+
+template <typename T, typename Shape>
+cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
+  const Params& p = args.p;
+  ForwardWindow window;
+  window.input = args.input;
+  window.offset_mask = args.offset_mask;
+  window.output = args.output;
+  window.input_stride = p.input_pixel_stride;
+  window.offset_mask_stride = p.offset_mask_pixel_stride;
+  window.output_stride = p.output_pixel_stride;
+  window.height_in = static_cast<int>(p.height_in);
+  window.width_in = static_cast<int>(p.width_in);
+  window.height_out = static_cast<int>(p.height_out);
+  window.width_out = static_cast<int>(p.width_out);
+  window.pad_h = p.pad_h;
+  window.pad_w = p.pad_w;
+  window.channels = p.groups * p.group_channels;
+  window.slices = window.channels / Shape::CHANNELS;
+  window.offset_mask_bytes = p.offset_mask_channels * 2;
+  window.scale = OffsetScale(p.offset_scale);
+  const int tiles_x = (window.width_out + Shape::TILE_W - 1) / Shape::TILE_W;
+  const int tiles_y = (window.height_out + Shape::TILE_H - 1) / Shape::TILE_H;
+  const int chunks = (window.channels + kTileChannels - 1) / kTileChannels;
+  window.slices_per_group = FastDivide(p.group_channels / Shape::CHANNELS);
+  window.chunks = FastDivide(chunks);
+  window.tiles_x = FastDivide(tiles_x);
+  window.tiles_y = FastDivide(tiles_y);
+  const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
+  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
+  const auto kernel = forward_window_kernel<T, Shape>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), Shape::THREADS, Shape::BYTES, stream>>>(window);
+  return cudaGetLastError();
+}
+
+// The rule of choice: slices as wide as D allows; tiles 16 wide, except 8 wide on narrow maps and for narrow groups,
+// whose many stencils would otherwise leave a multiprocessor too few blocks.
+template <typename T>
+cudaError_t forward_window_typed(const ForwardArgs& args, cudaStream_t stream) {
+  const int channels = args.p.group_channels;
+  const bool narrow = args.p.width_out <= 8;
+  if (channels % 64 == 0) {
+    return narrow ? launch_forward<T, ForwardShape<64, 8>>(args, stream)
+                  : launch_forward<T, ForwardShape<64, 16>>(args, stream);
+  }
+  if (channels % 32 == 0) {
+    return narrow ? launch_forward<T, ForwardShape<32, 8>>(args, stream)
+                  : launch_forward<T, ForwardShape<32, 16>>(args, stream);
+  }
+  if (channels % 16 == 0) return launch_forward<T, ForwardShape<16, 8>>(args, stream);
+  return launch_forward<T, ForwardShape<8, 8>>(args, stream);
+}
+
+// Instantiated in one file a dtype, so that they compile side by side.
+extern template cudaError_t forward_window_typed<__half>(const ForwardArgs&, cudaStream_t);
+extern template cudaError_t forward_window_typed<__nv_bfloat16>(const ForwardArgs&, cudaStream_t);
+
+}  // namespace dcngen::window
