@@ -30,6 +30,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative to the largest magnitude of the reference; a wrong tap or border is far above, rounding far below.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _CHECKED_IMAGES = 2
+_GEOMETRY = (3, 3, 1, 1, 1, 1, 1, 1)  # kernel, stride, padding, dilation; height before width
 
 
 @dataclass
@@ -90,14 +91,12 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 def ours_forward(case: Case, x: Inputs) -> torch.Tensor:
-    op = torch.ops.dcngen.dcnv4
-    return op(x.value, x.offset_mask, [3, 3], [1, 1], [1, 1], [1, 1], case.groups, 1.0, False, False)
+    return torch.ops.dcngen.dcnv4(x.value, x.offset_mask, *_GEOMETRY, case.groups, 1.0, False, False)
 
 
 def ours_backward(case: Case, x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    op = torch.ops.dcngen.dcnv4_backward
-    args = ([3, 3], [1, 1], [1, 1], [1, 1], case.groups, 1.0, False, False)
-    return op(x.grad_output, x.value, x.offset_mask, *args)
+    backward = torch.ops.dcngen.dcnv4_backward
+    return backward(x.grad_output, x.value, x.offset_mask, *_GEOMETRY, case.groups, 1.0, False, False)
 
 
 def check(case: Case, x: Inputs) -> dict[str, float]:
