@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.upsampling import Upsample2D
 
 from dcngen.nn.blocks import DCNv4Attention, DCNv4Conv2d
+from dcngen.nn.dcnv4 import DCNv4
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class LevelOperators:
         conv: "conv" or "dcnv4", for both 3x3 convolutions of every residual block.
         attention: "attention" or "dcnv4", for every self-attention.
         resample: "conv" or "dcnv4", for the 3x3 convolution of the level's down- or upsampling.
-        group_channels, kernel_size, offset_scale, mask_init, dw_kernel_size: of each DCNv4, see `DCNv4Conv2d`.
+        group_channels, kernel_size, offset_scale, mask_init, center_mask_init, dw_kernel_size: of each DCNv4, see
+            `DCNv4Conv2d` and `DCNv4`.
     """
 
     conv: str = "dcnv4"
@@ -31,6 +33,7 @@ class LevelOperators:
     kernel_size: int = 3
     offset_scale: float = 1.0
     mask_init: float = 0.0
+    center_mask_init: float | None = 1.0
     dw_kernel_size: int | None = None
 
     def __post_init__(self):
@@ -43,8 +46,14 @@ class LevelOperators:
 
     def dcn_options(self) -> dict:
         """The keyword arguments that every DCNv4 block of the level is built with."""
-        names = ("group_channels", "kernel_size", "offset_scale", "mask_init", "dw_kernel_size")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "group_channels": self.group_channels,
+            "kernel_size": self.kernel_size,
+            "offset_scale": self.offset_scale,
+            "mask_init": self.mask_init,
+            "center_mask_init": self.center_mask_init,
+            "dw_kernel_size": self.dw_kernel_size,
+        }
 
 
 def operators_by_level(num_levels: int, **options) -> list[LevelOperators]:
@@ -174,11 +183,11 @@ def zero_residual_outputs(unet: nn.Module) -> nn.Module:
 
 
 def _zero_output(layer: nn.Module) -> None:
-    if hasattr(layer, "output_proj"):
-        if layer.mask_init == 0:
+    if isinstance(layer, DCNv4):
+        if layer.starts_at_zero():
             raise ValueError(
-                "zero_init: expected dcn_mask_init other than 0, since a zero mask before a zero projection gives "
-                "neither of them a gradient; set dcn_mask_init=1/K (K = kernel_size**2) or zero_init=False"
+                "zero_init: expected a dcn_mask_init or dcn_center_mask_init other than 0, since zero masks before a "
+                "zero projection give neither of them a gradient; set dcn_center_mask_init=1 or zero_init=False"
             )
         layer = layer.output_proj
     nn.init.zeros_(layer.weight)

@@ -22,7 +22,8 @@ def swap_operators(
     group_channels: int | list[int] = 32,
     kernel_size: int | list[int] = 3,
     offset_scale: float | list[float] = 1.0,
-    mask_init: float | list[float] | None = None,
+    mask_init: float | list[float] = 0.0,
+    center_mask_init: float | list[float | None] | None = 1.0,
     dw_kernel_size: int | list[int | None] | None = None,
 ) -> DCNUNet2DModel:
     """A DCNUNet2DModel with the config of `model` and these operators; `model` is left as it is.
@@ -33,9 +34,10 @@ def swap_operators(
 
     Args:
         model: a UNet2DModel, or a DCNUNet2DModel whose operators are to change.
-        conv, attention, resample, group_channels, kernel_size, offset_scale, mask_init, dw_kernel_size: the arguments
-            conv_operator, ..., dcn_mask_init, dcn_dw_kernel_size of DCNUNet2DModel, one value or a list by level.
-            mask_init None means its default.
+        conv, attention, resample: the arguments conv_operator, attention_operator and resample_operator of
+            DCNUNet2DModel, one value or a list by level.
+        group_channels, kernel_size, offset_scale, mask_init, center_mask_init, dw_kernel_size: its arguments
+            dcn_group_channels, and so on.
 
     Raises:
         TypeError: `model` is of another class.
@@ -50,10 +52,10 @@ def swap_operators(
         "dcn_group_channels": group_channels,
         "dcn_kernel_size": kernel_size,
         "dcn_offset_scale": offset_scale,
+        "dcn_mask_init": mask_init,
+        "dcn_center_mask_init": center_mask_init,
         "dcn_dw_kernel_size": dw_kernel_size,
     }
-    if mask_init is not None:
-        operators["dcn_mask_init"] = mask_init
     stock = {name: value for name, value in model.config.items() if not name.startswith("_")}
     parameter = next(model.parameters())
     swapped = DCNUNet2DModel(**(stock | operators)).to(parameter.device, parameter.dtype)

@@ -36,13 +36,15 @@ class DCNUNet2DModel(UNet2DModel):
         dcn_kernel_size: odd size of the sampling window.
         dcn_offset_scale: multiplies the regular grid and the learned offsets alike.
         dcn_mask_init: initial bias of the masks; see `DCNv4`.
+        dcn_center_mask_init: that of the middle tap, None for dcn_mask_init. With the default each DCNv4 starts as a
+            pointwise layer, which trained better than the other starts tried (docs/operator.md).
         dcn_dw_kernel_size: odd size of a depthwise convolution before the offsets and masks, or None.
         zero_init: start every residual branch and the output at 0, with either operator (one value).
 
     conv_in, conv_out, 1x1 shortcuts and embeddings are always stock: 4 latent channels leave no groups to deform.
 
     Raises:
-        ValueError: an unknown operator, a list of the wrong length, zero_init together with dcn_mask_init = 0.
+        ValueError: an unknown operator, a list of the wrong length, zero_init together with masks of 0.
     """
 
     # Class names, for compile_repeated_blocks and for wrapping by block.
@@ -87,6 +89,7 @@ class DCNUNet2DModel(UNet2DModel):
         dcn_kernel_size: int | list[int] = 3,
         dcn_offset_scale: float | list[float] = 1.0,
         dcn_mask_init: float | list[float] = 0.0,
+        dcn_center_mask_init: float | list[float | None] | None = 1.0,
         dcn_dw_kernel_size: int | list[int | None] | None = None,
         zero_init: bool = False,
     ):
@@ -101,6 +104,7 @@ class DCNUNet2DModel(UNet2DModel):
             kernel_size=dcn_kernel_size,
             offset_scale=dcn_offset_scale,
             mask_init=dcn_mask_init,
+            center_mask_init=dcn_center_mask_init,
             dw_kernel_size=dcn_dw_kernel_size,
         )
         replace_operators(self, levels)

@@ -35,6 +35,8 @@ class DCNv4(nn.Module):
         mask_init: initial bias of the masks. With 0, the released initialisation, the output is exactly output_proj's
             bias and only the masks get a gradient in the first step. With 1 / K (K taps) the operator starts as the
             mean over its window.
+        center_mask_init: that of the middle tap, where it differs; None for `mask_init`. With 1, and the rest 0, the
+            operator starts as the identity and the module as its two projections.
         fuse_projections: compute value_proj and offset_mask as one matrix product where nothing stands between the
             input and both (same function, same state dict); see `can_fuse_projections`.
 
@@ -59,6 +61,7 @@ class DCNv4(nn.Module):
         *,
         in_channels: int | None = None,
         mask_init: float = 0.0,
+        center_mask_init: float | None = None,
         fuse_projections: bool = False,
     ):
         super().__init__()
@@ -73,11 +76,14 @@ class DCNv4(nn.Module):
             )
         if dw_kernel_size is not None and (dw_kernel_size < 1 or dw_kernel_size % 2 == 0):
             raise ValueError(f"dw_kernel_size: expected an odd size or None, got {dw_kernel_size}")
+        if center_mask_init is not None and (remove_center or not all(k % 2 for k in self.geometry.kernel_size)):
+            raise ValueError("center_mask_init: expected None, since this window has no middle tap")
         self.in_channels = in_channels
         self.channels = channels
         self.without_pointwise = without_pointwise
         self.center_feature_scale = center_feature_scale
         self.mask_init = mask_init
+        self.center_mask_init = center_mask_init
         self.fuse_projections = fuse_projections
 
         self.offset_mask = nn.Linear(in_channels, offset_mask_channels(group, kernel_size, remove_center))
@@ -95,12 +101,15 @@ class DCNv4(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The released initialisation, with `mask_init` as the bias of the masks."""
+        """The released initialisation, with `mask_init` and `center_mask_init` as the bias of the masks."""
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         groups, taps = self.geometry.groups, self.geometry.taps
         with torch.no_grad():
-            self.offset_mask.bias[: 3 * groups * taps].view(groups, 3 * taps)[:, 2 * taps :].fill_(self.mask_init)
+            masks = self.offset_mask.bias[: 3 * groups * taps].view(groups, 3 * taps)[:, 2 * taps :]
+            masks.fill_(self.mask_init)
+            if self.center_mask_init is not None:
+                masks[:, taps // 2] = self.center_mask_init
         if self.offset_mask_dw is not None:
             self.offset_mask_dw.reset_parameters()
         if not self.without_pointwise:
@@ -148,6 +157,10 @@ class DCNv4(nn.Module):
         if not self.without_pointwise:
             y = self.output_proj(y)
         return y.flatten(1, 2) if input.dim() == 3 else y
+
+    def starts_at_zero(self) -> bool:
+        """Whether every mask is 0 at initialisation, so that the operator's output is."""
+        return self.mask_init == 0 and self.center_mask_init in (None, 0)
 
     def can_fuse_projections(self) -> bool:
         """Whether value and offset_mask are plain products of one input.
@@ -227,5 +240,5 @@ class DCNv4(nn.Module):
         geometry = self.geometry
         return (
             f"{self.in_channels}, {self.channels}, group={geometry.groups}, {geometry.describe()}, "
-            f"offset_scale={geometry.offset_scale}, mask_init={self.mask_init:g}"
+            f"offset_scale={geometry.offset_scale}"
         )

@@ -16,7 +16,7 @@ TINY = {
     "num_class_embeds": 4,  # three classes and the null class
 }
 STOCK = {"conv_operator": "conv", "attention_operator": "attention"}
-DCN = {"dcn_mask_init": 0.1}
+DCN = {"conv_operator": "dcnv4", "attention_operator": "dcnv4"}
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from dcngen.models.channels_last import ChannelsLastUpsample2D
 
 STOCK = {"conv_operator": "conv", "attention_operator": "attention"}
-DCN = {"dcn_mask_init": 0.1}
+DCN = {"conv_operator": "dcnv4", "attention_operator": "dcnv4"}
 
 
 def maps_not_channels_last(model, batch):

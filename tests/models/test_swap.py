@@ -12,7 +12,7 @@ from dcngen.models import DCNUNet2DModel, count_parameters, load_unet, swap_oper
 def test_swap_keeps_the_rest_and_the_given_model(tiny):
     stock = UNet2DModel(**tiny).train()
     before = {name: value.clone() for name, value in stock.state_dict().items()}
-    swapped = swap_operators(stock, group_channels=16, mask_init=0.1)
+    swapped = swap_operators(stock, group_channels=16)
     assert type(swapped) is DCNUNet2DModel and swapped.training and type(stock) is UNet2DModel
     new = swapped.state_dict()
     kept = set(before) & set(new)

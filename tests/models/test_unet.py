@@ -122,7 +122,7 @@ def test_resampling_may_be_dcnv4_too(make_unet, make_batch, resample_padding):
         ({"attention_operator": ["dcnv4", "conv"]}, "attention_operator: expected 'attention' or 'dcnv4'"),
         ({"conv_operator": ["conv"]}, "expected one value, 2 .* or 3 .*, got 1"),
         ({"dcn_kernel_size": 4}, "odd size"),
-        ({"zero_init": True, "dcn_mask_init": 0.0}, "dcn_mask_init other than 0"),
+        ({"zero_init": True, "dcn_center_mask_init": 0.0}, "dcn_mask_init or dcn_center_mask_init other than 0"),
     ],
 )
 def test_wrong_operators_are_refused(make_unet, options, message):
@@ -153,7 +153,7 @@ def test_zero_init_starts_at_zero_and_learns(make_unet, arm, make_batch):
     ],
 )
 def test_round_trip_is_exact(tmp_path, make_unet, make_batch, randomize, options):
-    model = randomize(make_unet(**({"dcn_mask_init": 0.1} | options))).eval()
+    model = randomize(make_unet(**options)).eval()
     model.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
     loaded = DCNUNet2DModel.from_pretrained(tmp_path)
     configs = [{k: v for k, v in m.config.items() if k[0] != "_"} for m in (loaded, model)]

@@ -52,6 +52,14 @@ def test_uniform_masks_are_a_mean_over_the_window(stride):
     torch.testing.assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+def test_a_middle_mask_of_one_is_the_identity(kernel_size):
+    module = DCNv4(16, kernel_size, pad=kernel_size // 2, group=2, center_mask_init=1.0)
+    x = torch.randn(2, 5, 4, 16)
+    torch.testing.assert_close(module(x), module.output_proj(module.value_proj(x)))
+    assert not module.starts_at_zero() and DCNv4().starts_at_zero()
+
+
 def test_masks_without_offsets_are_a_depthwise_convolution():
     module = DCNv4(channels=8, group=4, without_pointwise=True)
     masks = torch.randn(4, 9)
@@ -119,6 +127,8 @@ def test_wrong_inputs_are_refused(shape, kwargs, message):
         ({"dw_kernel_size": 4}, "odd size"),
         ({"without_pointwise": True, "in_channels": 8}, "in_channels equal to channels"),
         ({"remove_center": True, "kernel_size": 4}, "odd kernel"),
+        ({"remove_center": True, "center_mask_init": 1.0}, "no middle tap"),
+        ({"kernel_size": 2, "center_mask_init": 1.0}, "no middle tap"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
