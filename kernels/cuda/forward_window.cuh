@@ -5,6 +5,10 @@
 // multiplies S by the window. Far samples are left out of S and gathered into the fp32 sums afterwards.
 #pragma once
 
+#include <atomic>
+#include <cstdlib>
+
+#include "forward_bulk.cuh"
 #include "window.cuh"
 
 namespace dcngen::window {
@@ -12,6 +16,7 @@ namespace dcngen::window {
 // What the kernel needs of ForwardArgs. A "slice" is CHANNELS consecutive channels of one group: a whole group, or a
 // part of a group too wide for the tile. Slices are numbered by channel: slice v begins at channel v * CHANNELS.
 struct ForwardWindow {
+  CUtensorMap input_map, taps_map;  // of the copy engine; not set where it does not exist
   const void* input;
   const void* offset_mask;
   void* output;
@@ -22,34 +27,39 @@ struct ForwardWindow {
   FastDivide slices_per_group, chunks, tiles_x, tiles_y;
 };
 
-template <int CHANNELS_, int TILE_W_>
+// BULK: tiles come by the copy engine of sm_90, else by the threads.
+template <int CHANNELS_, int TILE_W_, bool BULK_>
 struct ForwardShape {
+  static constexpr bool BULK = BULK_;
   static constexpr int CHANNELS = CHANNELS_;                    // channels of a slice
   static constexpr int TILE_H = 8, TILE_W = TILE_W_;            // output pixels of a block
   static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
   static constexpr int PIXEL_BLOCKS = TILE_H / 4 * BLOCKS_X;
   static constexpr int SLICES = kTileChannels / CHANNELS;       // slices of a block
   static constexpr int TASKS = PIXEL_BLOCKS * SLICES / 2;       // a task is two units
-  static constexpr int WARPS = TASKS < 8 ? TASKS : 8;
+  static constexpr int WARP_TASKS = SLICES >= 4 ? 2 : 1;
+  static constexpr int WARPS = TASKS / WARP_TASKS;
   static constexpr int THREADS = WARPS * 32;
-  static constexpr int WARP_TASKS = TASKS / WARPS;
   static constexpr int WARP_PIXEL_BLOCKS = SLICES == 1 ? 2 : 1;  // a task's units differ in pixel block or in slice
   static constexpr int WARP_SLICES = SLICES == 1 ? 1 : 2 * WARP_TASKS;
   static constexpr int WARPS_PER_PIXEL_BLOCK = SLICES == 1 ? 1 : SLICES / WARP_SLICES;
 
   using Tile = PixelTile<TILE_H + 4, TILE_W + 4>;
   using Span = GroupSpan<WARP_SLICES>;
-  static constexpr int OFFSET_MASK_BYTES = WARP_PIXEL_BLOCKS * 16 * Span::PITCH;
+  // A warp reads its offsets and masks before it writes S, so the two share memory.
+  static constexpr int TAPS_BYTES = 16 * Span::PITCH;  // of a pixel block
   static constexpr int STENCIL_BYTES = 2 * StencilMatrix::BYTES;
-  // With one task a warp's offsets are read before S is written, so the two share memory.
-  static constexpr int WARP_BYTES = WARP_TASKS > 1                       ? OFFSET_MASK_BYTES + STENCIL_BYTES
-                                    : OFFSET_MASK_BYTES > STENCIL_BYTES ? OFFSET_MASK_BYTES
-                                                                         : STENCIL_BYTES;
-  static constexpr int STENCIL_AT = WARP_TASKS > 1 ? OFFSET_MASK_BYTES : 0;
-  static constexpr int BYTES = Tile::BYTES + WARPS * WARP_BYTES;
+  static constexpr int WARP_BYTES =
+      WARP_PIXEL_BLOCKS * TAPS_BYTES > STENCIL_BYTES ? WARP_PIXEL_BLOCKS * TAPS_BYTES : STENCIL_BYTES;
+  static constexpr int BARRIERS_AT = Tile::BYTES + WARPS * WARP_BYTES;  // one of the input tile, one of each warp
+  static constexpr int BYTES = BARRIERS_AT + (WARPS + 1) * 8;
+  static_assert(TAPS_BYTES % 128 == 0 && WARP_BYTES % 128 == 0, "the copy engine writes to multiples of 128 bytes");
   // Blocks a multiprocessor should hold: what shared memory allows, but at least 80 registers a thread.
   static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (80 * THREADS);
   static constexpr int MIN_BLOCKS = BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
+
+  static __device__ __forceinline__ int block_y(int block) { return block / BLOCKS_X * 4; }
+  static __device__ __forceinline__ int block_x(int block) { return block % BLOCKS_X * 4; }
 
   static constexpr int PASS_CHANNELS = CHANNELS < 32 ? CHANNELS : 32;  // channels of one pass of products
   static constexpr int PASSES = CHANNELS / PASS_CHANNELS;
@@ -60,8 +70,7 @@ struct ForwardShape {
 
 // Where a thread's block lies, and a pixel of it in the output.
 struct OutputTile {
-  int chunk, x0, y0;
-  int64_t image;
+  int chunk, x0, y0, image;
   __device__ __forceinline__ int pixel(const ForwardWindow& p, int y, int x) const {
     return y0 + y < p.height_out && x0 + x < p.width_out ? (y0 + y) * p.width_out + x0 + x : -1;
   }
@@ -74,7 +83,7 @@ __device__ __forceinline__ OutputTile locate_tile(const ForwardWindow& p) {
   tile.chunk = static_cast<int>(p.chunks.split(rest));
   tile.x0 = static_cast<int>(p.tiles_x.split(rest)) * Shape::TILE_W;
   tile.y0 = static_cast<int>(p.tiles_y.split(rest)) * Shape::TILE_H;
-  tile.image = rest;
+  tile.image = static_cast<int>(rest);
   return tile;
 }
 
@@ -158,78 +167,127 @@ __device__ __forceinline__ void store_result(const float (&sums)[Shape::PASS_CHU
   for (int item = lane; item < 16 * CHUNKS; item += 32) {
     const int m = item / CHUNKS, chunk = item % CHUNKS, pixel = pixel_at(m);
     const uint4 value = load_shared16(staging + m * PITCH + chunk * 16);
-    if (pixel >= 0) *reinterpret_cast<uint4*>(output + pixel * output_stride + chunk * 8) = value;
+    if (pixel >= 0) store_global16(output + pixel * output_stride + chunk * 8, value);
   }
   __syncwarp();
 }
 
+// Begins the copies of the input tile (by the whole block) and of the warp's offsets and masks.
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
-    forward_window_kernel(const __grid_constant__ ForwardWindow p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+__device__ __forceinline__ void begin_copies(const ForwardWindow& p, const OutputTile& at, uint32_t tile, uint32_t own,
+                                             int thread, const T* image, const T* image_taps, int first_block,
+                                             int first_value) {
+  using Tile = typename Shape::Tile;
+  const int lane = thread & 31, x0 = at.x0 - p.pad_w - 1, y0 = at.y0 - p.pad_h - 1;
+  if constexpr (Shape::BULK) {
+    const uint32_t barriers = tile + Shape::BARRIERS_AT, of_warp = barriers + 8 + (thread >> 5) * 8;
+    if (lane == 0) {
+      barrier_init(of_warp);
+      if (thread == 0) barrier_init(barriers);
+      barrier_publish();
+      barrier_expect(of_warp, Shape::WARP_PIXEL_BLOCKS * Shape::TAPS_BYTES);
+#pragma unroll
+      for (int i = 0; i < Shape::WARP_PIXEL_BLOCKS; ++i) {
+        copy_box(own + i * Shape::TAPS_BYTES, p.taps_map, first_value, at.x0 + Shape::block_x(first_block + i),
+                 at.y0 + Shape::block_y(first_block + i), at.image, of_warp);
+      }
+      if (thread == 0) {
+        barrier_expect(barriers, Tile::BYTES);
+        copy_box(tile, p.input_map, at.chunk * kTileChannels, x0, y0, at.image, barriers);
+      }
+    }
+    __syncthreads();
+  } else {
+    copy_offset_mask<Shape::WARP_SLICES, 32>(
+        own, reinterpret_cast<const char*>(image_taps), p.offset_mask_stride * 2, first_value * 2, p.offset_mask_bytes,
+        Shape::WARP_PIXEL_BLOCKS * 16, lane, [&](int q) {
+          const int block = first_block + (q >> 4);
+          return at.pixel(p, Shape::block_y(block) + ((q >> 2) & 3), Shape::block_x(block) + (q & 3));
+        });
+    copy_commit();
+    Tile::template copy<Shape::THREADS>(tile, image, p.height_in, p.width_in, p.input_stride, y0, x0,
+                                        at.chunk * kTileChannels, p.channels, thread);
+    copy_commit();
+  }
+}
+template <typename Shape>
+__device__ __forceinline__ void wait_for_taps(uint32_t tile, int warp) {
+  if constexpr (Shape::BULK) {
+    barrier_wait(tile + Shape::BARRIERS_AT + 8 + warp * 8);
+  } else {
+    copy_wait<1>();
+    __syncwarp();
+  }
+}
+template <typename Shape>
+__device__ __forceinline__ void wait_for_input(uint32_t tile) {
+  if constexpr (Shape::BULK) {
+    barrier_wait(tile + Shape::BARRIERS_AT);
+  } else {
+    copy_wait<0>();
+    __syncthreads();
+  }
+}
+
+template <typename T, typename Shape>
+__device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
   using Tile = typename Shape::Tile;
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
-  const uint32_t tile = smem_address(shared), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
-  const uint32_t stencil_matrices = own + Shape::STENCIL_AT;
+  const uint32_t tile = smem_address(shared_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
   const OutputTile at = locate_tile<Shape>(p);
 
-  const T* image = static_cast<const T*>(p.input) + at.image * p.height_in * p.width_in * p.input_stride;
-  const int64_t first_output = at.image * p.height_out * p.width_out;
+  const T* image = static_cast<const T*>(p.input) + int64_t{at.image} * p.height_in * p.width_in * p.input_stride;
+  const int64_t first_output = int64_t{at.image} * p.height_out * p.width_out;
   const T* image_taps = static_cast<const T*>(p.offset_mask) + first_output * p.offset_mask_stride;
   T* output = static_cast<T*>(p.output) + first_output * p.output_stride;
 
-  // The warp's pixel blocks and slices; pixel q of the warp is pixel q % 16 of its block q / 16.
+  // The warp's pixel blocks and slices.
   const int first_block = warp / Shape::WARPS_PER_PIXEL_BLOCK * Shape::WARP_PIXEL_BLOCKS;
   const int tile_slice = warp % Shape::WARPS_PER_PIXEL_BLOCK * Shape::WARP_SLICES;  // its first, within the tile
   const int first_slice = at.chunk * Shape::SLICES + tile_slice;
-  auto block_y = [&](int block) { return block / Shape::BLOCKS_X * 4; };
-  auto block_x = [&](int block) { return block % Shape::BLOCKS_X * 4; };
-  auto pixel_of = [&](int block, int m) { return at.pixel(p, block_y(block) + (m >> 2), block_x(block) + (m & 3)); };
+  auto pixel_of = [&](int block, int m) {
+    return at.pixel(p, Shape::block_y(block) + (m >> 2), Shape::block_x(block) + (m & 3));
+  };
+  // The lane's (pixel, group) of a task is row m of unit u: unit u is pixel block first_block + u or slice 2 * task + u.
+  const int m = lane & 15, unit_of_lane = lane >> 4;
+  const int lane_block = first_block + (Shape::SLICES == 1 ? unit_of_lane : 0);
+  auto lane_slice = [&](int task) { return first_slice + (Shape::SLICES == 1 ? 0 : 2 * task + unit_of_lane); };
 
-  const int first_byte = Shape::Span::first_byte(static_cast<int>(p.slices_per_group.divide(first_slice)));
-  copy_offset_mask<Shape::WARP_SLICES, 32>(own, reinterpret_cast<const char*>(image_taps), p.offset_mask_stride * 2,
-                                           first_byte, p.offset_mask_bytes, Shape::WARP_PIXEL_BLOCKS * 16, lane,
-                                           [&](int q) { return pixel_of(first_block + (q >> 4), q & 15); });
-  copy_commit();
-  Tile::template copy<Shape::THREADS>(tile, image, p.height_in, p.width_in, p.input_stride, at.y0 - p.pad_h - 1,
-                                      at.x0 - p.pad_w - 1, at.chunk * kTileChannels, p.channels, thread);
-  copy_commit();
-  copy_wait<1>();
+  const int first_value = static_cast<int>(p.slices_per_group.divide(first_slice)) * kGroupValues & ~7;
+  begin_copies<T, Shape>(p, at, tile, own, thread, image, image_taps, first_block, first_value);
+  wait_for_taps<Shape>(tile, warp);
+  Taps all_taps[Shape::WARP_TASKS];
+#pragma unroll
+  for (int task = 0; task < Shape::WARP_TASKS; ++task) {
+    const int group = static_cast<int>(p.slices_per_group.divide(lane_slice(task)));
+    all_taps[task] = load_taps(own + (Shape::SLICES == 1 ? lane : m) * Shape::Span::PITCH +
+                               (group * kGroupValues - first_value) * 2);
+  }
   __syncwarp();
 
-  const int m = lane & 15, unit_of_lane = lane >> 4;
-#pragma unroll 1
+#pragma unroll
   for (int task = 0; task < Shape::WARP_TASKS; ++task) {
-    // Unit u of the task: pixel block first_block + u or slice 2 * task + u.
     unsigned far = 0;
     {
-      const int slice = first_slice + (Shape::SLICES == 1 ? 0 : 2 * task + unit_of_lane);
-      const int q = Shape::SLICES == 1 ? lane : m;
-      const int group = static_cast<int>(p.slices_per_group.divide(slice));
-      Taps taps = load_taps(own + q * Shape::Span::PITCH + group * kGroupValues * 2 - first_byte);
+      Taps& taps = all_taps[task];
       if (__any_sync(kAllLanes, may_be_far<T>(taps, p.scale))) {
         far = take_far_taps<T>(taps, p.scale);
-        const int block = first_block + (Shape::SLICES == 1 ? unit_of_lane : 0);
-        if (slice >= p.slices || pixel_of(block, m) < 0) far = 0;
+        if (lane_slice(task) >= p.slices || pixel_of(lane_block, m) < 0) far = 0;
       }
       float stencil[5][5];
       stencil_weights<T>(stencil, taps, p.scale);
-      if (Shape::WARP_TASKS == 1) __syncwarp();  // S overwrites the offsets of other lanes
-      StencilMatrix::store_row<T>(stencil_matrices + unit_of_lane * StencilMatrix::BYTES, m, stencil);
+      StencilMatrix::store_row<T>(own + unit_of_lane * StencilMatrix::BYTES, m, stencil);
     }
-    if (task == 0) {
-      copy_wait<0>();
-      __syncthreads();
-    } else {
-      __syncwarp();
-    }
+    if (task == 0) wait_for_input<Shape>(tile);
+    __syncwarp();
     const bool any_far = __any_sync(kAllLanes, far != 0);
 
 #pragma unroll 1
     for (int unit = 0; unit < 2; ++unit) {
       const int block = first_block + (Shape::SLICES == 1 ? unit : 0);
       const int slice_in_warp = Shape::SLICES == 1 ? 0 : 2 * task + unit;
-      const uint32_t matrix = stencil_matrices + unit * StencilMatrix::BYTES;
+      const uint32_t matrix = own + unit * StencilMatrix::BYTES;
       const int slice = first_slice + slice_in_warp;
       if (slice >= p.slices) break;
       uint32_t a[4][4];
@@ -239,7 +297,7 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
 #pragma unroll
       for (int pass = 0; pass < Shape::PASSES; ++pass) {
         float sums[Shape::PASS_CHUNKS][4] = {};
-        multiply<Tile, T>(sums, a, tile, block_y(block), block_x(block), chunk + pass * Shape::PASS_CHUNKS, lane);
+        multiply<Tile, T>(sums, a, tile, Shape::block_y(block), Shape::block_x(block), chunk + pass * Shape::PASS_CHUNKS, lane);
         const int first_channel = slice * Shape::CHANNELS + pass * Shape::PASS_CHANNELS;
         if (any_far) {
           const int row = lane >> 2;
@@ -248,7 +306,7 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
           const T* group_taps =
               image_taps + static_cast<int>(p.slices_per_group.divide(slice)) * kGroupValues;
           const T* from = image + first_channel + (lane & 3) * 2;
-          const int oy = at.y0 + block_y(block) + (row >> 2), ox = at.x0 + block_x(block) + (row & 3);
+          const int oy = at.y0 + Shape::block_y(block) + (row >> 2), ox = at.x0 + Shape::block_x(block) + (row & 3);
           const int64_t pixel = oy * p.width_out + ox;
           add_far_taps<T, Shape::PASS_CHUNKS, 0>(sums, far_0, p, group_taps + pixel * p.offset_mask_stride, from, oy,
                                                  ox);
@@ -263,7 +321,44 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
   }
 }
 
+// Each architecture compiles the body for its own way of copying; the launch picks the kernel that has one.
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
+    forward_window_kernel(const __grid_constant__ ForwardWindow p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (Shape::BULK) forward_tile<T, Shape>(p);
+#else
+  if constexpr (!Shape::BULK) forward_tile<T, Shape>(p);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------------ launching
+
+// Whether the code that runs on the current device was compiled for sm_90 or later, asked once a device.
+inline bool bulk_copies() {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (device < kDevices && known[device] != 0) return known[device] == 2;
+  cudaFuncAttributes attributes;
+  const bool yes = cudaFuncGetAttributes(&attributes, forward_window_kernel<__half, ForwardShape<64, 16, true>>) ==
+                       cudaSuccess && attributes.ptxVersion >= 90;
+  if (device < kDevices) known[device] = yes ? 2 : 1;
+  return yes;
+}
+
+template <typename Shape>
+cudaError_t encode_maps(ForwardWindow& window, const Params& p) {
+  using Tile = typename Shape::Tile;
+  const cudaError_t error =
+      encode_box_map(window.input_map, window.input, p.batch, p.height_in, p.width_in, window.channels,
+                     p.input_pixel_stride, {kTileChannels, Tile::COLUMNS, Tile::ROWS, true});
+  if (error != cudaSuccess) return error;
+  return encode_box_map(window.taps_map, window.offset_mask, p.batch, p.height_out, p.width_out,
+                        p.offset_mask_channels, p.offset_mask_pixel_stride,
+                        {Shape::Span::PITCH / 2, 4, 4, false});
+}
 
 template <typename T, typename Shape>
 cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
@@ -292,6 +387,10 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   window.chunks = FastDivide(chunks);
   window.tiles_x = FastDivide(tiles_x);
   window.tiles_y = FastDivide(tiles_y);
+  if (Shape::BULK) {
+    const cudaError_t error = encode_maps<Shape>(window, p);
+    if (error != cudaSuccess) return error;
+  }
   const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
   const auto kernel = forward_window_kernel<T, Shape>;
@@ -303,20 +402,33 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
 
 // The rule of choice: slices as wide as D allows; tiles 16 wide, except 8 wide on narrow maps and for narrow groups,
 // whose many stencils would otherwise leave a multiprocessor too few blocks.
-template <typename T>
-cudaError_t forward_window_typed(const ForwardArgs& args, cudaStream_t stream) {
+template <typename T, bool BULK>
+cudaError_t launch_chosen(const ForwardArgs& args, cudaStream_t stream) {
   const int channels = args.p.group_channels;
+#ifdef DCNGEN_DEV
+  const char* dev = getenv("TW");
+  const bool narrow = dev ? atoi(dev) == 8 : args.p.width_out <= 8;
+#else
   const bool narrow = args.p.width_out <= 8;
+#endif
   if (channels % 64 == 0) {
-    return narrow ? launch_forward<T, ForwardShape<64, 8>>(args, stream)
-                  : launch_forward<T, ForwardShape<64, 16>>(args, stream);
+    return narrow ? launch_forward<T, ForwardShape<64, 8, BULK>>(args, stream)
+                  : launch_forward<T, ForwardShape<64, 16, BULK>>(args, stream);
   }
   if (channels % 32 == 0) {
-    return narrow ? launch_forward<T, ForwardShape<32, 8>>(args, stream)
-                  : launch_forward<T, ForwardShape<32, 16>>(args, stream);
+    return narrow ? launch_forward<T, ForwardShape<32, 8, BULK>>(args, stream)
+                  : launch_forward<T, ForwardShape<32, 16, BULK>>(args, stream);
   }
-  if (channels % 16 == 0) return launch_forward<T, ForwardShape<16, 8>>(args, stream);
-  return launch_forward<T, ForwardShape<8, 8>>(args, stream);
+  if (channels % 16 == 0) {
+    return narrow ? launch_forward<T, ForwardShape<16, 8, BULK>>(args, stream)
+                  : launch_forward<T, ForwardShape<16, 16, BULK>>(args, stream);
+  }
+  return launch_forward<T, ForwardShape<8, 8, BULK>>(args, stream);
+}
+
+template <typename T>
+cudaError_t forward_window_typed(const ForwardArgs& args, cudaStream_t stream) {
+  return bulk_copies() ? launch_chosen<T, true>(args, stream) : launch_chosen<T, false>(args, stream);
 }
 
 // Instantiated in one file a dtype, so that they compile side by side.

@@ -110,6 +110,10 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
                : "memory");
   return v;
 }
+// A volatile 16-byte store: the compiler splits a plain one where it cannot see the alignment.
+__device__ __forceinline__ void store_global16(void* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
@@ -159,14 +163,16 @@ struct FastDivide {
 // ---------------------------------------------------------------------------------------- pixel tiles in shared memory
 
 // A tile of ROWS x COLUMNS pixels x 64 channels, 128 bytes a pixel. The 16-byte chunks of a pixel are permuted by its
-// column so that eight neighbouring pixels of a row, read at one chunk (ldmatrix), lie in different banks.
+// number in the tile so that eight neighbouring pixels of a row, read at one chunk (ldmatrix), lie in different banks;
+// this is the 128-byte swizzle of the bulk copy engine for a tile aligned to 1024 bytes.
 template <int ROWS_, int COLUMNS_>
 struct PixelTile {
   static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_;
   static constexpr int BYTES = ROWS * COLUMNS * kTilePixelBytes;
 
   static __device__ __forceinline__ uint32_t address(uint32_t tile, int row, int column, int chunk) {
-    return tile + (row * COLUMNS + column) * kTilePixelBytes + ((chunk ^ (column & 7)) << 4);
+    const int pixel = row * COLUMNS + column;
+    return tile + pixel * kTilePixelBytes + ((chunk ^ (pixel & 7)) << 4);
   }
 
   // Begins copying pixels (y0.., x0..) of an image, channels [first, first + 64) as far as they are < channels; zeros
