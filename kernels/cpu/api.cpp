@@ -144,15 +144,7 @@ double work_of(const Problem& q) {
 
 std::vector<float> zeros_for(const Problem& q) { return std::vector<float>(static_cast<size_t>(q.p.group_channels)); }
 
-// Shares rows out over `threads` threads in contiguous parts.
-template <class Args>
-void share_rows(void (*run)(const Args&, int64_t, int64_t), const Args& args, int threads) {
-  const auto& p = args.problem->p;
-  const int64_t rows = p.batch * p.height_out * p.groups;
-  threads = static_cast<int>(std::min<int64_t>(threads, rows));
-  if (threads < 1) return;
-  run_threads(threads, [&](int i) { run(args, share_begin(rows, threads, i), share_begin(rows, threads, i + 1)); });
-}
+int64_t rows_of(const Problem& q) { return q.p.batch * q.p.height_out * q.p.groups; }
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -183,16 +175,18 @@ void run_backward(const Problem& q, Backward b, int num_threads) {
   b.slices_per_group = ceil_div(p.group_channels, b.slice_channels);
   const bool whole = b.slices_per_group == 1;
 
-  if (!whole) share_rows(kernels().backward_places, b, threads);
+  if (!whole) {
+    share_out(rows_of(q), threads, [&](int, int64_t first, int64_t last) {
+      kernels().backward_places(b, first, last);
+    });
+  }
   const int64_t slices = p.batch * p.groups * b.slices_per_group;
   threads = static_cast<int>(std::min<int64_t>(threads, slices));
-  if (threads < 1) return;
   const size_t slice_floats = static_cast<size_t>(p.height_in * p.width_in + 1) * b.slice_channels;
   std::vector<std::unique_ptr<float[]>> scratch;
   for (int i = 0; i < threads; ++i) scratch.emplace_back(new float[slice_floats]);
-  run_threads(threads, [&](int i) {
-    kernels().backward_slices(b, share_begin(slices, threads, i), share_begin(slices, threads, i + 1),
-                              scratch[static_cast<size_t>(i)].get(), whole);
+  share_out(slices, threads, [&](int worker, int64_t first, int64_t last) {
+    kernels().backward_slices(b, first, last, scratch[static_cast<size_t>(worker)].get(), whole);
   });
 }
 
@@ -215,7 +209,9 @@ int dcngen_cpu_dcnv4_forward(const dcngen_dcnv4_params* params, const void* inpu
     const Problem q = make_problem(params, false);
     const std::vector<float> zeros = zeros_for(q);
     const Forward f{&q, input, offset_mask, zeros.data(), output};
-    share_rows(kernels().forward, f, threads_for(work_of(q), num_threads));
+    share_out(rows_of(q), threads_for(work_of(q), num_threads), [&](int, int64_t first, int64_t last) {
+      kernels().forward(f, first, last);
+    });
   });
 }
 

@@ -6,6 +6,10 @@ struct Dots {
   alignas(64) float value[4 * kMaxSamples];
 };
 
+inline void clear(Dots& dots, int first) {
+  for (int s = first; s < first + Block::kPad; ++s) store<4>(dots.value + 4 * s, Vec<4>{});
+}
+
 template <class T, int L, int V, bool kDots, bool kScatter>
 void backward_chunk(const Block& b, int taps, int channel, const T* grad_output, int64_t stride, Dots& dots) {
   for (int pixel = 0; pixel < b.pixels; ++pixel) {
@@ -20,7 +24,7 @@ void backward_chunk(const Block& b, int taps, int channel, const T* grad_output,
           dot[c] = grad[0] * load<L>(source);
           for (int v = 1; v < V; ++v) dot[c] += grad[v] * load<L>(source + v * L);
         }
-        add_sums<L>(dots.value + 4 * s, dot[0], dot[1], dot[2], dot[3]);
+        store<4>(dots.value + 4 * s, load<4>(dots.value + 4 * s) + sums_of<L>(dot));
       }
       if constexpr (kScatter) {
         for (int c = 0; c < 4; ++c) {
@@ -66,40 +70,71 @@ void backward_block(const Block& b, int taps, int channels, const T* grad_output
   }
 }
 
-// The gradients of one sample from its dots; `mask` is the gradient of the mask after softmax.
-struct SampleGrad {
-  float x, y, mask;
+// The gradients of a block's samples: offsets, and the mask after softmax.
+struct PlaceGrads {
+  alignas(64) float x[kMaxSamples], y[kMaxSamples], mask[kMaxSamples];
 };
 
-inline SampleGrad grad_of_sample(const Block& b, int s, const float* dot, float scale) {
-  if (!b.counts[s]) return {0.f, 0.f, 0.f};
-  const float lx = b.x[s], ly = b.y[s];
-  const float top = dot[1] - dot[0], bottom = dot[3] - dot[2];  // times d(bilinear)/dx in the two rows
-  const float upper = dot[0] + lx * top, lower = dot[2] + lx * bottom;
-  const float factor = scale * b.mask[s];
-  return {factor * (top + ly * (bottom - top)), factor * (lower - upper), upper + ly * (lower - upper)};
+inline void place_grads(const Block& b, const Dots& dots, float scale, PlaceGrads& grads) {
+  for (int s = 0; s < b.samples; s += 4) {
+    Vec<4> dot[4];
+    for (int i = 0; i < 4; ++i) dot[i] = load<4>(dots.value + 4 * (s + i));
+    transpose4(dot);
+    Flags<4> counts;
+    __builtin_memcpy(&counts, b.counts + s, sizeof(counts));
+    const Vec<4> lx = load<4>(b.x + s), ly = load<4>(b.y + s), factor = scale * load<4>(b.mask + s);
+    const Vec<4> top = dot[1] - dot[0], bottom = dot[3] - dot[2];  // d(bilinear)/dx in the two rows
+    const Vec<4> upper = dot[0] + lx * top, lower = dot[2] + lx * bottom;
+    const Vec<4> grad_x = factor * (top + ly * (bottom - top)), grad_y = factor * (lower - upper);
+    const Vec<4> grad_mask = upper + ly * (lower - upper);
+    store<4>(grads.x + s, counts ? grad_x : Vec<4>{});
+    store<4>(grads.y + s, counts ? grad_y : Vec<4>{});
+    store<4>(grads.mask + s, counts ? grad_mask : Vec<4>{});
+  }
+}
+
+// Through softmax: grad of logit k = w_k * (grad_k - sum_j w_j grad_j).
+inline void softmax_grads(const float* weights, float* grads, int taps) {
+  float mean = 0.f;
+  for (int k = 0; k < taps; ++k) mean += weights[k] * grads[k];
+  for (int k = 0; k < taps; ++k) grads[k] = weights[k] * (grads[k] - mean);
+}
+
+// Where one pixel's 3 * taps gradients are put together: in place where they are stored as floats.
+inline float* assembly_of(float* to, float*) { return to; }
+template <class T>
+inline float* assembly_of(T*, float* buffer) {
+  return buffer;
+}
+inline void finish(float*, const float*, int) {}
+template <class T>
+inline void finish(T* to, const float* from, int count) {
+  convert(to, from, count);
 }
 
 // Writes grad_offset_mask of a block.
 template <class T>
 void write_place_grads(const Problem& q, const Block& b, const Dots& dots, T* to) {
+  constexpr int L = DCNGEN_DOT_LANES;
   const int taps = q.taps;
-  float grads[3 * kMaxSamples];
+  PlaceGrads grads;
+  place_grads(b, dots, q.p.offset_scale, grads);
+  float buffer[3 * kMaxSamples];
+  int s = 0;
   for (int pixel = 0; pixel < b.pixels; ++pixel, to += q.p.grad_offset_mask_pixel_stride) {
-    float* mask_grads = grads + 2 * taps;
-    for (int k = 0, s = pixel * taps; k < taps; ++k, ++s) {
-      const SampleGrad grad = grad_of_sample(b, s, dots.value + 4 * s, q.p.offset_scale);
-      grads[2 * k] = grad.x;
-      grads[2 * k + 1] = grad.y;
-      mask_grads[k] = grad.mask;
+    if (q.p.softmax) softmax_grads(b.mask + s, grads.mask + s, taps);
+    float* values = assembly_of(to, buffer);
+    int k = 0;
+    for (; k + L <= taps; k += L, s += L) {
+      join_pairs<L>(values + 2 * k, load<L>(grads.x + s), load<L>(grads.y + s));
+      store<L>(values + 2 * taps + k, load<L>(grads.mask + s));
     }
-    if (q.p.softmax) {
-      const float* weights = b.mask + pixel * taps;
-      float mean = 0.f;
-      for (int k = 0; k < taps; ++k) mean += weights[k] * mask_grads[k];
-      for (int k = 0; k < taps; ++k) mask_grads[k] = weights[k] * (mask_grads[k] - mean);
+    for (; k < taps; ++k, ++s) {
+      values[2 * k] = grads.x[s];
+      values[2 * k + 1] = grads.y[s];
+      values[2 * taps + k] = grads.mask[s];
     }
-    convert(to, grads, 3 * taps);
+    finish(to, values, 3 * taps);
   }
 }
 
@@ -139,7 +174,7 @@ void backward_row(const Backward& b, const Row& row, const Slice* slice) {
     find_places<T>(q, b.offset_mask, row, x, pixels, block);
     if constexpr (kDots) {
       resolve(block, input, p.input_pixel_stride * int64_t{sizeof(T)}, b.zeros, block.source);
-      for (int i = 0; i < 4 * block.samples; ++i) dots.value[i] = 0.f;
+      for (int s = 0; s < block.samples; s += Block::kPad) clear(dots, s);
     }
     if constexpr (kScatter) {
       const int64_t stride = channels * int64_t{sizeof(float)};

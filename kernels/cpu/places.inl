@@ -6,9 +6,9 @@ struct Block {
   static constexpr int kPad = 16;
   int pixels, samples;
   alignas(64) float x[kMaxSamples], y[kMaxSamples];  // offset_scale * (grid + offset); later the distances lx, ly
-  alignas(64) float column[kMaxSamples];             // the pixel's origin in x; a whole number
+  alignas(64) int32_t column[kMaxSamples];           // the output pixel's place in x
   alignas(64) float mask[kMaxSamples];               // after softmax
-  alignas(64) int32_t counts[kMaxSamples];           // 1 where -1 < x < W and -1 < y < H, 0 elsewhere
+  alignas(64) int32_t counts[kMaxSamples];           // -1 where -1 < x < W and -1 < y < H, 0 elsewhere
   // For the corners y0x0, y0x1, y1x0, y1x1: mask * bilinear weight, 0 where the sample does not count; the pixel's
   // index in the image, -1 outside; the addresses of the group's channels there, in the input and in grad_input.
   alignas(64) float weight[4][kMaxSamples];
@@ -36,53 +36,67 @@ inline const float* as_floats(const T* from, float* buffer, int count) {
   return buffer;
 }
 
-// Spreads the offsets and masks of a block over its arrays. kTaps: the number of taps where known, else 0.
-template <int kTaps, class T>
+// Spreads the offsets and masks of a block over its arrays.
+template <class T>
 inline void read_samples(const Problem& q, const T* from, int64_t first_x, Block& b) {
-  const int taps = kTaps ? kTaps : q.taps;
+  constexpr int L = DCNGEN_DOT_LANES;
+  const int taps = q.taps;
   const float scale = q.p.offset_scale;
   float buffer[3 * kMaxSamples];
   int s = 0;
   for (int pixel = 0; pixel < b.pixels; ++pixel, from += q.p.offset_mask_pixel_stride) {
     const float* values = as_floats(from, buffer, 3 * taps);
-    const float column = static_cast<float>(q.origin_x + (first_x + pixel) * q.p.stride_w);
-    for (int k = 0; k < taps; ++k, ++s) {
+    const float* masks = values + 2 * taps;
+    const int32_t column = static_cast<int32_t>(q.origin_x + (first_x + pixel) * q.p.stride_w);
+    int k = 0;
+    for (; k + L <= taps; k += L, s += L) {
+      Vec<L> x, y;
+      split_pairs<L>(values + 2 * k, x, y);
+      store<L>(b.x + s, splat<L>(scale) * (load<L>(q.grid_x + k) + x));
+      store<L>(b.y + s, splat<L>(scale) * (load<L>(q.grid_y + k) + y));
+      store<L>(b.mask + s, load<L>(masks + k));
+      const Flags<L> columns = Flags<L>{} + column;
+      __builtin_memcpy(b.column + s, &columns, sizeof(columns));
+    }
+    for (; k < taps; ++k, ++s) {
       b.x[s] = scale * (q.grid_x[k] + values[2 * k]);
       b.y[s] = scale * (q.grid_y[k] + values[2 * k + 1]);
-      b.mask[s] = values[2 * taps + k];
+      b.mask[s] = masks[k];
       b.column[s] = column;
     }
   }
-  for (; s % Block::kPad; ++s) b.x[s] = b.y[s] = b.mask[s] = b.column[s] = 0.f;
+  for (; s % Block::kPad; ++s) b.x[s] = b.y[s] = b.mask[s] = 0.f, b.column[s] = 0;
 }
 
-// exp for x <= 0, about one unit in the last place; 0 below the smallest normal number. Written out so that it
-// vectorises: x = n ln 2 + r, a polynomial for exp(r) (Cephes, expf), 2^n through the exponent bits.
-inline float exp_nonpositive(float x) {
-  const float clamped = x < -87.f ? -87.f : x;  // NaN stays NaN
-  const float n = __builtin_floorf(clamped * 1.44269504f + 0.5f);
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float poly = 1.9875691500e-4f;
+// exp for x <= 0, about one unit in the last place; 0 below the smallest normal number, NaN for NaN.
+// x = n ln 2 + r, a polynomial for exp(r) (Cephes, expf), 2^n through the exponent bits.
+template <int L>
+inline Vec<L> exp_nonpositive(Vec<L> x) {
+  const Flags<L> tiny = x < splat<L>(-87.f);
+  const Vec<L> clamped = x >= splat<L>(-87.f) ? x : splat<L>(-87.f);
+  const Flags<L> n = __builtin_convertvector(clamped * 1.44269504f - 0.5f, Flags<L>);  // towards 0: to the nearest
+  const Vec<L> whole = __builtin_convertvector(n, Vec<L>);
+  const Vec<L> r = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec<L> poly = splat<L>(1.9875691500e-4f);
   poly = poly * r + 1.3981999507e-3f;
   poly = poly * r + 8.3334519073e-3f;
   poly = poly * r + 4.1665795894e-2f;
   poly = poly * r + 1.6666665459e-1f;
   poly = poly * r + 5.0000001201e-1f;
-  const float value = poly * r * r + r + 1.f;
-  const int32_t exponent = static_cast<int32_t>(n == n ? n : 0.f) + 127;
-  return x < -87.f ? 0.f : value * bits_as<float>(exponent << 23);
+  const Vec<L> value = (poly * r * r + r + 1.f) * bits_as<Vec<L>>((n + 127) << 23);
+  const Vec<L> positive = tiny ? Vec<L>{} : value;
+  return x == x ? positive : x;
 }
 
 // Masks of a block through softmax, pixel by pixel.
 inline void softmax_masks(int taps, Block& b) {
+  constexpr int L = DCNGEN_WIDE_LANES;
   for (int first = 0; first < b.samples; first += taps) {
     float top = b.mask[first];
     for (int k = 1; k < taps; ++k) top = b.mask[first + k] > top ? b.mask[first + k] : top;
     for (int k = 0; k < taps; ++k) b.mask[first + k] -= top;
   }
-  for (int first = 0; first < b.samples; first += Block::kPad) {
-    for (int s = first; s < first + Block::kPad; ++s) b.mask[s] = exp_nonpositive(b.mask[s]);
-  }
+  for (int s = 0; s < b.samples; s += L) store<L>(b.mask + s, exp_nonpositive<L>(load<L>(b.mask + s)));
   for (int first = 0; first < b.samples; first += taps) {
     float sum = 0.f;
     for (int k = 0; k < taps; ++k) sum += b.mask[first + k];
@@ -91,37 +105,57 @@ inline void softmax_masks(int taps, Block& b) {
   }
 }
 
-// Corners and weights of every sample. The whole and the fractional part of a coordinate are kept apart, so the
-// fractions are as exact at the far end of a wide map as at its start. Selects rather than branches or products with 0:
-// a NaN or far coordinate, or its mask, reaches no weight.
-inline void locate(const Problem& q, float line, Block& b) {
-  const float width = static_cast<float>(q.p.width_in), height = static_cast<float>(q.p.height_in);
-  const int32_t columns = static_cast<int32_t>(q.p.width_in), lines = static_cast<int32_t>(q.p.height_in);
-  for (int first = 0; first < b.samples; first += Block::kPad) {
-    for (int s = first; s < first + Block::kPad; ++s) {
-      const float floor_x = __builtin_floorf(b.x[s]), floor_y = __builtin_floorf(b.y[s]);
-      const float fx = b.x[s] - floor_x, fy = b.y[s] - floor_y;
-      const float gx = b.column[s] + floor_x, gy = line + floor_y;
-      const bool counts = (gx >= (fx > 0.f ? -1.f : 0.f)) & (gx < width) &
-                          (gy >= (fy > 0.f ? -1.f : 0.f)) & (gy < height);
-      const int32_t x0 = static_cast<int32_t>(counts ? gx : 0.f), y0 = static_cast<int32_t>(counts ? gy : 0.f);
-      const float lx = counts ? fx : 0.f, ly = counts ? fy : 0.f, m = counts ? b.mask[s] : 0.f;
-      const bool left = counts & (x0 >= 0), right = counts & (x0 + 1 < columns);
-      const bool top = y0 >= 0, bottom = y0 + 1 < lines;
-      const int32_t corner = y0 * columns + x0;
-      b.pixel[0][s] = top & left ? corner : -1;
-      b.pixel[1][s] = top & right ? corner + 1 : -1;
-      b.pixel[2][s] = bottom & left ? corner + columns : -1;
-      b.pixel[3][s] = bottom & right ? corner + columns + 1 : -1;
-      const float upper = m * (1.f - ly), lower = m * ly;
-      b.weight[0][s] = upper * (1.f - lx);
-      b.weight[1][s] = upper * lx;
-      b.weight[2][s] = lower * (1.f - lx);
-      b.weight[3][s] = lower * lx;
-      b.x[s] = lx;
-      b.y[s] = ly;
-      b.counts[s] = counts;
-    }
+// A coordinate in two parts, the whole pixels and the distance from there, so that the distance is as exact at the far
+// end of a wide map as at its start. inside: -1 < origin + shift < size.
+template <int L>
+struct Coordinate {
+  Flags<L> whole, inside;
+  Vec<L> distance;
+};
+
+template <int L>
+inline Coordinate<L> coordinate(Flags<L> origin, Vec<L> shift, int32_t size) {
+  const Vec<L> far = splat<L>(1e9f);  // what converts to an integer safely
+  const Flags<L> near = (shift > -far) & (shift < far);  // false for NaN
+  const Vec<L> bounded = near ? shift : Vec<L>{};
+  Flags<L> whole = __builtin_convertvector(bounded, Flags<L>);
+  whole += __builtin_convertvector(whole, Vec<L>) > bounded;  // rounded towards 0; now down
+  const Vec<L> distance = bounded - __builtin_convertvector(whole, Vec<L>);
+  whole += origin;
+  const Flags<L> least = distance > Vec<L>{};  // -1 where a place between -1 and 0 is possible, else 0
+  return {whole, near & (whole >= least) & (whole < size), distance};
+}
+
+// Corners and weights of every sample. Selects rather than products with 0: a NaN or far coordinate, or its mask,
+// reaches no weight.
+inline void locate(const Problem& q, int32_t line, Block& b) {
+  constexpr int L = DCNGEN_WIDE_LANES;
+  const int32_t width = static_cast<int32_t>(q.p.width_in), height = static_cast<int32_t>(q.p.height_in);
+  const auto put = [](int32_t* to, Flags<L> value) { __builtin_memcpy(to, &value, sizeof(value)); };
+  for (int s = 0; s < b.samples; s += L) {
+    Flags<L> column;
+    __builtin_memcpy(&column, b.column + s, sizeof(column));
+    const Coordinate<L> x = coordinate<L>(column, load<L>(b.x + s), width);
+    const Coordinate<L> y = coordinate<L>(Flags<L>{} + line, load<L>(b.y + s), height);
+    const Flags<L> counts = x.inside & y.inside;
+    const Vec<L> lx = counts ? x.distance : Vec<L>{}, ly = counts ? y.distance : Vec<L>{};
+    const Vec<L> mask = counts ? load<L>(b.mask + s) : Vec<L>{};
+    const Flags<L> x0 = x.whole & counts, y0 = y.whole & counts;
+    const Flags<L> left = counts & (x0 >= 0), right = counts & (x0 < width - 1);
+    const Flags<L> top = y0 >= 0, bottom = y0 < height - 1;
+    const Flags<L> corner = y0 * width + x0;
+    put(b.pixel[0] + s, corner | ~(top & left));
+    put(b.pixel[1] + s, (corner + 1) | ~(top & right));
+    put(b.pixel[2] + s, (corner + width) | ~(bottom & left));
+    put(b.pixel[3] + s, (corner + width + 1) | ~(bottom & right));
+    const Vec<L> lower = mask * ly, upper = mask - lower;
+    store<L>(b.weight[0] + s, upper - upper * lx);
+    store<L>(b.weight[1] + s, upper * lx);
+    store<L>(b.weight[2] + s, lower - lower * lx);
+    store<L>(b.weight[3] + s, lower * lx);
+    store<L>(b.x + s, lx);
+    store<L>(b.y + s, ly);
+    put(b.counts + s, counts);
   }
 }
 
@@ -151,13 +185,9 @@ inline void find_places(const Problem& q, const void* offset_mask, const Row& ro
   const int64_t pixel = (row.image * p.height_out + row.y) * p.width_out + first_x;
   const T* from = static_cast<const T*>(offset_mask) + pixel * p.offset_mask_pixel_stride +
                   int64_t{3} * q.taps * row.group;
-  if (q.taps == 9) {
-    read_samples<9>(q, from, first_x, b);
-  } else {
-    read_samples<0>(q, from, first_x, b);
-  }
+  read_samples(q, from, first_x, b);
   if (p.softmax) softmax_masks(q.taps, b);
-  locate(q, static_cast<float>(q.origin_y + row.y * p.stride_h), b);
+  locate(q, static_cast<int32_t>(q.origin_y + row.y * p.stride_h), b);
 }
 
 // Calls run(first_x, pixels) for each block of an output row.

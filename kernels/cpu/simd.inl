@@ -35,6 +35,15 @@ struct Lanes<1> {
 template <int L>
 using Vec = typename Lanes<L>::Float;
 
+template <int L>
+using Flags = typename Lanes<L>::Flag;  // integers; as the result of a comparison -1 where it holds, 0 elsewhere
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define DCNGEN_SHUFFLE(L, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DCNGEN_SHUFFLE(L, a, b, ...) __builtin_shuffle(a, b, Flags<L>{__VA_ARGS__})
+#endif
+
 template <class To, class From>
 inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -52,16 +61,77 @@ inline Vec<L> splat(float value) {
   }
 }
 
+// --- pairs: even and odd elements apart, and together again ---
+
+template <int L>
+inline void split_pairs(const float* from, Vec<L>& even, Vec<L>& odd);
+template <int L>
+inline void join_pairs(float* to, Vec<L> even, Vec<L> odd);
+
+template <>
+inline void split_pairs<4>(const float* from, Vec<4>& even, Vec<4>& odd) {
+  Vec<4> low, high;
+  __builtin_memcpy(&low, from, sizeof(low));
+  __builtin_memcpy(&high, from + 4, sizeof(high));
+  even = DCNGEN_SHUFFLE(4, low, high, 0, 2, 4, 6);
+  odd = DCNGEN_SHUFFLE(4, low, high, 1, 3, 5, 7);
+}
+
+template <>
+inline void join_pairs<4>(float* to, Vec<4> even, Vec<4> odd) {
+  const Vec<4> low = DCNGEN_SHUFFLE(4, even, odd, 0, 4, 1, 5), high = DCNGEN_SHUFFLE(4, even, odd, 2, 6, 3, 7);
+  __builtin_memcpy(to, &low, sizeof(low));
+  __builtin_memcpy(to + 4, &high, sizeof(high));
+}
+
+#if defined(__AVX__)
+template <>
+inline void split_pairs<8>(const float* from, Vec<8>& even, Vec<8>& odd) {
+  Vec<8> low, high;
+  __builtin_memcpy(&low, from, sizeof(low));
+  __builtin_memcpy(&high, from + 8, sizeof(high));
+  even = DCNGEN_SHUFFLE(8, low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+  odd = DCNGEN_SHUFFLE(8, low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+
+template <>
+inline void join_pairs<8>(float* to, Vec<8> even, Vec<8> odd) {
+  const Vec<8> low = DCNGEN_SHUFFLE(8, even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+  const Vec<8> high = DCNGEN_SHUFFLE(8, even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+  __builtin_memcpy(to, &low, sizeof(low));
+  __builtin_memcpy(to + 8, &high, sizeof(high));
+}
+#endif
+
+// Row i of v becomes column i.
+inline void transpose4(Vec<4> (&v)[4]) {
+  const Vec<4> a = DCNGEN_SHUFFLE(4, v[0], v[1], 0, 4, 1, 5), b = DCNGEN_SHUFFLE(4, v[2], v[3], 0, 4, 1, 5);
+  const Vec<4> c = DCNGEN_SHUFFLE(4, v[0], v[1], 2, 6, 3, 7), d = DCNGEN_SHUFFLE(4, v[2], v[3], 2, 6, 3, 7);
+  v[0] = DCNGEN_SHUFFLE(4, a, b, 0, 1, 4, 5);
+  v[1] = DCNGEN_SHUFFLE(4, a, b, 2, 3, 6, 7);
+  v[2] = DCNGEN_SHUFFLE(4, c, d, 0, 1, 4, 5);
+  v[3] = DCNGEN_SHUFFLE(4, c, d, 2, 3, 6, 7);
+}
+
 // --- widening and narrowing of 16-bit lanes ---
 
 template <int L>
 inline typename Lanes<L>::Word widen(const void* from) {
+  using Word = typename Lanes<L>::Word;
+#if defined(__AVX512F__)  // GCC splits the conversion in halves where it is left to it
+  if constexpr (L == 16) {
+    return bits_as<Word>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (L == 8) return bits_as<Word>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+#endif
   typename Lanes<L>::Short narrow;
   __builtin_memcpy(&narrow, from, sizeof(narrow));
   if constexpr (L == 1) {
     return narrow;
   } else {
-    return __builtin_convertvector(narrow, typename Lanes<L>::Word);
+    return __builtin_convertvector(narrow, Word);
   }
 }
 
@@ -184,31 +254,22 @@ inline void convert(To* to, const From* from, int64_t count) {
   for (; c < count; ++c) store<1>(to + c, load<1>(from + c));
 }
 
-// --- sums over lanes: to[i] += sum of the lanes of v_i ---
+// --- sums over lanes ---
 
+// Lane i: the sum of the lanes of v[i].
 template <int L>
-inline void add_sums(float* to, Vec<L> v0, Vec<L> v1, Vec<L> v2, Vec<L> v3) {
-  Vec<4> sums;
+inline Vec<4> sums_of(Vec<L> (&v)[4]) {
 #if defined(__AVX__)
   if constexpr (L == 8) {
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v0, v1), _mm256_hadd_ps(v2, v3));
-    sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-    return store<4>(to, load<4>(to) + sums);
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
   }
 #endif
   if constexpr (L == 4) {
-#if defined(__SSE__)
-    _MM_TRANSPOSE4_PS(v0, v1, v2, v3);
-    sums = (v0 + v1) + (v2 + v3);
-#elif defined(__aarch64__)
-    sums = vpaddq_f32(vpaddq_f32(v0, v1), vpaddq_f32(v2, v3));
-#else
-    for (int l = 0; l < 4; ++l) sums = sums + Vec<4>{v0[l], v1[l], v2[l], v3[l]};
-#endif
-  } else if constexpr (L == 1) {
-    sums = Vec<4>{v0, v1, v2, v3};
+    transpose4(v);
+    return (v[0] + v[1]) + (v[2] + v[3]);
   }
-  store<4>(to, load<4>(to) + sums);
+  if constexpr (L == 1) return Vec<4>{v[0], v[1], v[2], v[3]};
 }
 
 }  // namespace
