@@ -1,5 +1,8 @@
 """Latent diffusion: objectives, samplers, the pipeline, and sampling to disk."""
 
+from dcngen.diffusion.digests import module_digest, pipeline_digest
+from dcngen.diffusion.export import export_self_contained
+from dcngen.diffusion.images import image_grid
 from dcngen.diffusion.noise import derive_seed, seeded_generator
 from dcngen.diffusion.objectives import Objective, drop_labels
 from dcngen.diffusion.pipeline import (
@@ -11,6 +14,8 @@ from dcngen.diffusion.pipeline import (
     to_uint8,
     unscale_latents,
 )
+from dcngen.diffusion.plan import SamplePlan
+from dcngen.diffusion.sampling import default_batch_size, sample_images
 from dcngen.diffusion.schedulers import SAMPLERS, make_scheduler, model_evaluations
 
 __all__ = [
@@ -18,10 +23,17 @@ __all__ = [
     "SAMPLERS",
     "LatentDiffusionPipeline",
     "Objective",
+    "SamplePlan",
+    "default_batch_size",
     "derive_seed",
     "drop_labels",
+    "export_self_contained",
+    "image_grid",
     "make_scheduler",
     "model_evaluations",
+    "module_digest",
+    "pipeline_digest",
+    "sample_images",
     "scale_latents",
     "seeded_generator",
     "seeded_noise",

@@ -244,9 +244,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         scheduler = copy.deepcopy(self.scheduler)
         set_sampling_timesteps(scheduler, num_inference_steps)
         model_timesteps = scheduler.timesteps.to(noise.device)
-        sample = noise.float() * scheduler.init_noise_sigma
+        scales_input = hasattr(scheduler, "scale_model_input")
+        # The flow schedulers have neither an initial scale nor an input scale: 1 and 1.
+        sample = noise.float() * getattr(scheduler, "init_noise_sigma", 1.0)
         for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            model_input = scheduler.scale_model_input(sample, timestep) if _scales_input(scheduler) else sample
+            model_input = scheduler.scale_model_input(sample, timestep) if scales_input else sample
             prediction = self._predict(model_input, model_timesteps[i], labels, guidance_scale)
             sample = scheduler.step(prediction, timestep, sample, return_dict=False)[0]
         return sample
@@ -336,11 +338,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
         images = images.add(1.0).div(2.0).clamp(0.0, 1.0)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _scales_input(scheduler: SchedulerMixin) -> bool:
-    """The flow schedulers have no scale_model_input: their model sees the sample as it is."""
-    return hasattr(scheduler, "scale_model_input")
 
 
 def _hub_arguments(kwargs: dict) -> dict:
