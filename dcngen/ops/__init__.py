@@ -1,6 +1,17 @@
 """The DCNv4 operator: the public function, its plain-torch reference, and the choice of implementation."""
 
+from .backends import FallbackWarning, backend, current_backend
+from .dcnv4 import dcnv4
 from .geometry import offset_mask_channels
+from .native import NativeLibraryError
 from .reference import dcnv4_reference
 
-__all__ = ["dcnv4_reference", "offset_mask_channels"]
+__all__ = [
+    "FallbackWarning",
+    "NativeLibraryError",
+    "backend",
+    "current_backend",
+    "dcnv4",
+    "dcnv4_reference",
+    "offset_mask_channels",
+]

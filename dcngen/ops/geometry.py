@@ -148,10 +148,13 @@ def check_tensors(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geom
             f"input: expected channels (the last dimension) that groups={geometry.groups} divides, "
             f"got {channels} in {_shape(input)}; channels come last, use .permute(0, 2, 3, 1) on NCHW tensors"
         )
+    if height < 1 or width < 1:
+        raise ValueError(f"input: expected a map of at least one pixel, got {_shape(input)}")
     height_out, width_out = geometry.output_size(height, width)
     if height_out < 1 or width_out < 1:
         raise ValueError(
-            f"input: a {height}x{width} map is too small for {geometry.describe()}; use more padding or a smaller kernel"
+            f"input: a {height}x{width} map is too small for {geometry.describe()}; "
+            "use more padding or a smaller kernel"
         )
     # Unpadded channels are taken too: the padding is never read.
     least = 3 * geometry.groups * geometry.taps

@@ -5,6 +5,8 @@ Slow, but differentiable twice, in float64 where asked, and on any device.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -52,80 +54,79 @@ def dcnv4_reference(
 
 def reference_forward(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """dcnv4_reference for a Geometry already made."""
-    height_out, width_out = check_tensors(input, offset_mask, geometry)
-    batch, _, _, channels = input.shape
+    check_tensors(input, offset_mask, geometry)
+    offsets, masks = split_offset_mask(offset_mask, geometry)
+    rows = padded_rows(input, geometry.groups, offsets.dtype)
+    output = rows.new_zeros(*offsets.shape[:4], rows.shape[1])
+    places = sampling_places(offsets, geometry)
+    for k in range(geometry.taps):
+        place = place_of(places[..., k, :], tuple(input.shape[1:3]))
+        # Replaced, not multiplied by 0: the mask of a place that does not count may be NaN.
+        mask = torch.where(place.counts, masks[..., k], 0)
+        for index, weight in zip(place.corners, place.weights, strict=True):
+            output = output + F.embedding(index, rows) * (mask * weight).unsqueeze(-1)
+    return output.flatten(-2).to(input.dtype)
+
+
+def split_offset_mask(offset_mask: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets (N, H_out, W_out, G, K, 2) and masks (N, H_out, W_out, G, K) as they weigh, at least in float32."""
     groups, taps = geometry.groups, geometry.taps
-    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-
-    parts = offset_mask[..., : 3 * groups * taps].to(compute).unflatten(-1, (groups, 3 * taps))
-    offsets = parts[..., : 2 * taps].unflatten(-1, (taps, 2))
-    masks = parts[..., 2 * taps :]
-    if geometry.softmax:
-        masks = masks.softmax(-1)
-
-    # A border of zeros makes every corner of a counting place readable: -1 <= x0 and x0 + 1 <= W.
-    padded = F.pad(input.to(compute), (0, 0, 1, 1, 1, 1))
-    rows = padded.reshape(-1, channels // groups)  # one row a pixel and group; row 0 is border: zeros
-    size = input.shape[1:3]
-
-    places = _origin(geometry, height_out, width_out, offsets) + geometry.offset_scale * (
-        _grid(geometry, offsets) + offsets
-    )
-    output = rows.new_zeros(batch, height_out, width_out, groups, channels // groups)
-    for k in range(taps):
-        output = output + _sample(rows, size, places[..., k, 0], places[..., k, 1], masks[..., k])
-    return output.reshape(batch, height_out, width_out, channels).to(input.dtype)
+    dtype = torch.promote_types(offset_mask.dtype, torch.float32)
+    parts = offset_mask[..., : 3 * groups * taps].to(dtype).unflatten(-1, (groups, 3 * taps))
+    offsets, masks = parts[..., : 2 * taps].unflatten(-1, (taps, 2)), parts[..., 2 * taps :]
+    return offsets, masks.softmax(-1) if geometry.softmax else masks
 
 
-def _origin(geometry: Geometry, height_out: int, width_out: int, like: torch.Tensor) -> torch.Tensor:
-    """Where the kernel's middle lies for each output position: (H_out, W_out, 1, 1, 2) as (x, y)."""
-    center_h, center_w = _center(geometry)
-    x = torch.arange(width_out, device=like.device) * geometry.stride[1] + (center_w - geometry.padding[1])
-    y = torch.arange(height_out, device=like.device) * geometry.stride[0] + (center_h - geometry.padding[0])
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(like.dtype)[:, :, None, None, :]
+def padded_rows(input: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+    """The pixels of input with a border of one zero pixel, one row a pixel and group: (N * (H+2) * (W+2) * G, D).
+
+    With the border every corner of a counting place can be read, since -1 <= x0 and x0 + 1 <= W. Row 0 is zeros.
+    """
+    return F.pad(input.to(dtype), (0, 0, 1, 1, 1, 1)).reshape(-1, input.shape[-1] // groups)
 
 
-def _grid(geometry: Geometry, like: torch.Tensor) -> torch.Tensor:
-    """The taps' places around the middle, width outer: (K, 2) as (x, y)."""
+def sampling_places(offsets: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Coordinates (x, y) in pixels of the input, of the shape of offsets (N, H_out, W_out, G, K, 2)."""
     (kernel_h, kernel_w), (dilation_h, dilation_w) = geometry.kernel_size, geometry.dilation
-    center_h, center_w = _center(geometry)
+    center_h, center_w = (dilation_h * (kernel_h - 1)) >> 1, (dilation_w * (kernel_w - 1)) >> 1
     grid = [
         (i * dilation_w - center_w, j * dilation_h - center_h)
         for i in range(kernel_w)
         for j in range(kernel_h)
         if not (geometry.remove_center and i == kernel_w // 2 and j == kernel_h // 2)
     ]
-    return torch.tensor(grid, dtype=like.dtype, device=like.device)
+    _, height_out, width_out = offsets.shape[:3]
+    x = torch.arange(width_out, device=offsets.device) * geometry.stride[1] + (center_w - geometry.padding[1])
+    y = torch.arange(height_out, device=offsets.device) * geometry.stride[0] + (center_h - geometry.padding[0])
+    origin = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(offsets.dtype)[:, :, None, None, :]
+    return origin + geometry.offset_scale * (offsets.new_tensor(grid) + offsets)
 
 
-def _center(geometry: Geometry) -> tuple[int, int]:
-    (kernel_h, kernel_w), (dilation_h, dilation_w) = geometry.kernel_size, geometry.dilation
-    return (dilation_h * (kernel_h - 1)) >> 1, (dilation_w * (kernel_w - 1)) >> 1
+class Place(NamedTuple):
+    """Sampling places (N, H_out, W_out, G) of one tap; the corners in the order y0x0, y0x1, y1x0, y1x1."""
+
+    counts: torch.Tensor  # -1 < x < W and -1 < y < H; False for NaN
+    lx: torch.Tensor  # distance from the lower corner; 0 where the place does not count
+    ly: torch.Tensor
+    corners: list[torch.Tensor]  # rows of padded_rows; row 0, zeros, where the place does not count
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The corners' bilinear weights."""
+        hx, hy = 1 - self.lx, 1 - self.ly
+        return [hy * hx, hy * self.lx, self.ly * hx, self.ly * self.lx]
 
 
-def _sample(
-    rows: torch.Tensor, size: tuple[int, int], x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """mask * bilinear value at (x, y), all (N, H_out, W_out, G); returns (N, H_out, W_out, G, D).
-
-    `rows` holds the pixels of a `size` map with a border of one zero pixel, one row a pixel and group.
-    """
-    height, width = size
-    batch, groups = x.shape[0], x.shape[3]
+def place_of(coordinates: torch.Tensor, size: tuple[int, int]) -> Place:
+    """The places of coordinates (N, H_out, W_out, G, 2), in pixels of a map of the given (height, width)."""
+    (height, width), (batch, _, _, groups, _) = size, coordinates.shape
+    x, y = coordinates.unbind(-1)
     counts = (x > -1) & (x < width) & (y > -1) & (y < height)
-    # Replaced, not multiplied by 0: a NaN or far coordinate, or its mask, reaches neither values nor gradients.
-    x, y, mask = (torch.where(counts, v, 0) for v in (x, y, mask))
+    # Replaced, not multiplied by 0: a NaN or far coordinate reaches neither values nor gradients.
+    x, y = torch.where(counts, x, 0), torch.where(counts, y, 0)
     x0, y0 = x.detach().floor(), y.detach().floor()
-    lx, ly = x - x0, y - y0
-
     image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1) * (height + 2)
     pixel = (image + y0.long() + 1) * (width + 2) + x0.long() + 1
     first = pixel * groups + torch.arange(groups, device=x.device)
-
-    def corner(down: int, right: int) -> torch.Tensor:
-        index = first + (down * (width + 2) + right) * groups
-        return F.embedding(torch.where(counts, index, 0), rows)
-
-    top = corner(0, 0) * (1 - lx).unsqueeze(-1) + corner(0, 1) * lx.unsqueeze(-1)
-    bottom = corner(1, 0) * (1 - lx).unsqueeze(-1) + corner(1, 1) * lx.unsqueeze(-1)
-    return (top * (mask * (1 - ly)).unsqueeze(-1)) + bottom * (mask * ly).unsqueeze(-1)
+    steps = (0, groups, (width + 2) * groups, (width + 3) * groups)
+    return Place(counts, x - x0, y - y0, [torch.where(counts, first + step, 0) for step in steps])

@@ -1,0 +1,194 @@
+"""The public operator and its registration with torch: schema, fake, autograd, autocast.
+
+The kernels are registered as `torch.ops.dcngen.dcnv4` and `dcnv4_backward`, so that torch.compile, export, FakeTensor
+and dispatch modes see one opaque operator each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from . import launch
+from .geometry import as_pair, check_tensors
+from .reference import reference_forward
+
+_SCALARS = (
+    "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
+    "int groups, float offset_scale, bool remove_center, bool softmax"
+)
+
+_library = torch.library.Library("dcngen", "DEF")
+_library.define(f"dcnv4(Tensor input, Tensor offset_mask, {_SCALARS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"dcnv4_backward(Tensor grad_output, Tensor input, Tensor offset_mask, {_SCALARS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("dcnv4", launch.forward_cpu, "CPU")
+_library.impl("dcnv4", launch.forward_cuda, "CUDA")
+_library.impl("dcnv4_backward", launch.backward_cpu, "CPU")
+_library.impl("dcnv4_backward", launch.backward_cuda, "CUDA")
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+_forward_op = torch.ops.dcngen.dcnv4.default
+_backward_op = torch.ops.dcngen.dcnv4_backward.default
+
+
+def dcnv4(
+    input: torch.Tensor,
+    offset_mask: torch.Tensor,
+    *,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    groups: int,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+) -> torch.Tensor:
+    """Deformable convolution v4 (Xiong et al., arXiv 2401.06197, section 3.1), channels last.
+
+    y(p) = sum_k m_k * x(p + p_k + dp_k) for each group, x sampled bilinearly. A place counts only where
+    -1 < x < W and -1 < y < H (a NaN does not); corners outside the image contribute 0. Coordinates, weights and sums
+    are float32 for float32, float16 and bfloat16 tensors, with one rounding at the end.
+
+    The compiled kernels compute it on CPU and CUDA; float64, a missing library and backward with create_graph=True
+    (for second derivatives) take plain torch, `dcnv4_reference`: the same function, slower. Under torch.autocast both
+    tensors are cast to the autocast dtype. Channel slices of a wider contiguous tensor are read in place; other
+    layouts are copied first.
+
+    Args:
+        input: (N, H, W, G * D).
+        offset_mask: (N, H_out, W_out, P) with P = offset_mask_channels(groups, kernel_size, remove_center), in the
+            layout that offset_mask_channels describes; offsets in pixels. Tap k = i * kernel_h + j, i over the width.
+        kernel_size, stride, padding, dilation: an int or (height, width).
+        groups: G, which divides the channels. Fastest where D, the channels of a group, is a multiple of 8.
+        offset_scale: multiplies the regular grid and the offsets alike.
+        remove_center: leave the middle tap out.
+        softmax: the masks are logits, softmax over the taps of a group (DCNv3's weights).
+
+    Returns:
+        (N, H_out, W_out, G * D), contiguous, in the dtype of input.
+
+    Raises:
+        TypeError, ValueError: what does not fit, with what was expected.
+        NativeLibraryError: backend "native" is forced and its library cannot be used.
+        RuntimeError: the kernel could not be launched.
+    """
+    for name, tensor in (("input", input), ("offset_mask", offset_mask)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not isinstance(groups, int):
+        raise TypeError(f"groups: expected an int, got {groups!r}")
+    scalars = (
+        *as_pair(kernel_size, "kernel_size"),
+        *as_pair(stride, "stride"),
+        *as_pair(padding, "padding"),
+        *as_pair(dilation, "dilation"),
+        groups,
+        float(offset_scale),
+        bool(remove_center),
+        bool(softmax),
+    )
+    if not _is_plain_eager(input, offset_mask):
+        return _forward_op(input, offset_mask, *scalars)
+    if torch.is_grad_enabled() and (input.requires_grad or offset_mask.requires_grad):
+        return _EagerDCNv4.apply(input, offset_mask, scalars)
+    return launch.forward(input, offset_mask, *scalars)
+
+
+def _is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
+    """Whether the dispatcher has nothing to add: no compilation, mode, transform, autocast, tracer or profiler.
+
+    Its way through Python costs about 10 us a call, more than the kernel itself on small maps.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        type(input) in _PLAIN_TYPES
+        and type(offset_mask) in _PLAIN_TYPES
+        and (input.is_cuda or input.is_cpu)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and not torch.is_autocast_enabled(input.device.type)
+        and not (input.is_neg() or offset_mask.is_neg())
+    )
+
+
+@torch.library.register_fake("dcngen::dcnv4", lib=_library)
+def _forward_fake(input, offset_mask, *scalars):
+    height_out, width_out = check_tensors(input, offset_mask, launch.geometry_of(scalars))
+    return input.new_empty((input.shape[0], height_out, width_out, input.shape[3]))
+
+
+@torch.library.register_fake("dcngen::dcnv4_backward", lib=_library)
+def _backward_fake(grad_output, input, offset_mask, *scalars):
+    return input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    input, offset_mask, *scalars = inputs
+    ctx.save_for_backward(input, offset_mask)
+    ctx.scalars = scalars
+
+
+def _backward(ctx, grad_output):
+    return (*_gradients(ctx, grad_output), *[None] * len(ctx.scalars))
+
+
+def _gradients(ctx, grad_output):
+    input, offset_mask = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: these gradients must be differentiable themselves
+        return _differentiable_backward(grad_output, input, offset_mask, ctx.scalars)
+    if _is_plain_eager(input, offset_mask) and type(grad_output) is torch.Tensor and not grad_output.is_neg():
+        return launch.backward(grad_output, input, offset_mask, *ctx.scalars)
+    return _backward_op(grad_output, input, offset_mask, *ctx.scalars)
+
+
+def _differentiable_backward(grad_output, input, offset_mask, scalars):
+    output = reference_forward(input, offset_mask, launch.geometry_of(scalars))
+    wanted = [t for t in (input, offset_mask) if t.requires_grad]
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+    return [next(grads) if t.requires_grad else None for t in (input, offset_mask)]
+
+
+class _EagerDCNv4(torch.autograd.Function):
+    """What the operator's autograd does, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, input, offset_mask, scalars):
+        ctx.save_for_backward(input, offset_mask)
+        ctx.scalars = scalars
+        return launch.forward(input, offset_mask, *scalars)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return (*_gradients(ctx, grad_output), None)
+
+
+torch.library.register_autograd("dcngen::dcnv4", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def autocast(input, offset_mask, *scalars):
+        dtype = torch.get_autocast_dtype(device_type)
+        # As torch's own rules do: tensors of another device and float64 stay as they are.
+        input, offset_mask = (
+            t.to(dtype) if t.is_floating_point() and t.device.type == device_type and t.dtype != torch.float64 else t
+            for t in (input, offset_mask)
+        )
+        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
+            return _forward_op(input, offset_mask, *scalars)
+
+    _library.impl("dcnv4", autocast, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

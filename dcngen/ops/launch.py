@@ -1,0 +1,229 @@
+"""Calls into the compiled kernels: one plan per distinct call, then pointers and a stream.
+
+The host's time matters here (small maps, many layers), so everything that depends on shapes alone is worked out once
+and kept: a call is a look-up, the allocation of the results and one C call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from .backends import native_library
+from .fallback import reference_backward
+from .geometry import Geometry, check_tensors, make_geometry
+from .native import DCNv4Params
+from .reference import reference_forward
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # dcngen_dtype
+_MAX_PLANS = 4096
+
+_plans: dict[tuple, Plan] = {}
+
+
+def geometry_of(scalars: tuple) -> Geometry:
+    """The operator's arguments after the tensors, in the order of its schema, checked."""
+    kh, kw, sh, sw, ph, pw, dh, dw, groups, offset_scale, remove_center, softmax = scalars
+    return make_geometry((kh, kw), (sh, sw), (ph, pw), (dh, dw), groups, offset_scale, remove_center, softmax)
+
+
+def forward_cpu(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.Tensor:
+    library = native_library("cpu", input.dtype)
+    if library is None:
+        return _forward_reference(input, offset_mask, scalars)
+    plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
+    output = input.new_empty(plan.output_shape)
+    if library.dcngen_cpu_dcnv4_forward(
+        plan.address, input.data_ptr(), offset_mask.data_ptr(), output.data_ptr(), torch.get_num_threads()
+    ):
+        raise RuntimeError(f"dcnv4 on the CPU: {library.dcngen_cpu_last_error().decode()}")
+    return output
+
+
+def backward_cpu(
+    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars
+) -> tuple[torch.Tensor, torch.Tensor]:
+    library = native_library("cpu", input.dtype)
+    if library is None:
+        return _backward_reference(grad_output, input, offset_mask, scalars)
+    plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars)
+    grad_input, grad_offset_mask = input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape)
+    if library.dcngen_cpu_dcnv4_backward(
+        plan.address,
+        grad_output.data_ptr(),
+        input.data_ptr(),
+        offset_mask.data_ptr(),
+        grad_input.data_ptr(),
+        grad_offset_mask.data_ptr(),
+        torch.get_num_threads(),
+    ):
+        raise RuntimeError(f"dcnv4 backward on the CPU: {library.dcngen_cpu_last_error().decode()}")
+    return grad_input, grad_offset_mask
+
+
+def forward_cuda(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.Tensor:
+    library = native_library("cuda", input.dtype)
+    if library is None:
+        return _forward_reference(input, offset_mask, scalars)
+    plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
+    output = input.new_empty(plan.output_shape)
+    device = input.get_device()
+    if library.dcngen_cuda_dcnv4_forward(
+        plan.address,
+        input.data_ptr(),
+        offset_mask.data_ptr(),
+        output.data_ptr(),
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+    ):
+        raise _cuda_error(library, device)
+    return output
+
+
+def backward_cuda(
+    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars
+) -> tuple[torch.Tensor, torch.Tensor]:
+    library = native_library("cuda", input.dtype)
+    if library is None:
+        return _backward_reference(grad_output, input, offset_mask, scalars)
+    plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars)
+    grad_input, grad_offset_mask = input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape)
+    device = input.get_device()
+    if plan.workspace_bytes is None:
+        plan.workspace_bytes = library.dcngen_cuda_dcnv4_backward_workspace_size(plan.address)
+        if plan.workspace_bytes < 0:
+            raise _cuda_error(library, device)
+    # Allocated per call: the caching allocator then orders its reuse on the stream that is current here.
+    workspace = input.new_empty(plan.workspace_bytes, dtype=torch.uint8) if plan.workspace_bytes else None
+    if library.dcngen_cuda_dcnv4_backward(
+        plan.address,
+        grad_output.data_ptr(),
+        input.data_ptr(),
+        offset_mask.data_ptr(),
+        grad_input.data_ptr(),
+        grad_offset_mask.data_ptr(),
+        None if workspace is None else workspace.data_ptr(),
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+    ):
+        raise _cuda_error(library, device)
+    return grad_input, grad_offset_mask
+
+
+def forward(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.Tensor:
+    return (forward_cuda if input.is_cuda else forward_cpu)(input, offset_mask, *scalars)
+
+
+def backward(
+    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (backward_cuda if input.is_cuda else backward_cpu)(grad_output, input, offset_mask, *scalars)
+
+
+class Plan:
+    """One call's checked shapes and its C parameters, at an address that lives as long as the plan."""
+
+    __slots__ = ("address", "copies", "geometry", "output_shape", "params", "workspace_bytes")
+
+    def __init__(self, input, offset_mask, grad_output, scalars: tuple, deterministic: bool):
+        self.geometry = geometry_of(scalars)
+        height_out, width_out = check_tensors(input, offset_mask, self.geometry)
+        self.output_shape = (input.shape[0], height_out, width_out, input.shape[3])
+        strides = [pixel_stride(t) for t in (input, offset_mask, grad_output) if t is not None]
+        self.copies = tuple(stride is None for stride in strides) if None in strides else None
+        self.params = _params(input, offset_mask, self.output_shape, self.geometry, strides)
+        self.params.deterministic = deterministic
+        self.address = ctypes.addressof(self.params)
+        self.workspace_bytes: int | None = None  # asked of the CUDA library at the first backward
+
+
+def pixel_stride(tensor: torch.Tensor) -> int | None:
+    """Elements from pixel to pixel of a channels-last tensor whose pixels are dense among themselves, else None.
+
+    It is the number of channels where the tensor is contiguous, more where it is a slice of a wider one.
+    """
+    if tensor.is_contiguous():
+        return tensor.shape[3]
+    _, height, width, channels = tensor.shape
+    strides = tensor.stride()
+    pixel = strides[2] if width > 1 else strides[1] if height > 1 else strides[0]
+    expected = (height * width * pixel, width * pixel, pixel, 1)
+    regular = all(n == 1 or s == e for n, s, e in zip(tensor.shape, strides, expected, strict=True))
+    return pixel if regular and pixel >= channels else None
+
+
+def _params(input, offset_mask, output_shape, geometry: Geometry, strides: list[int | None]) -> DCNv4Params:
+    batch, height, width, channels = input.shape
+    sizes = (batch, height, width, *output_shape[1:3])
+    # Where a tensor is copied first its copy is contiguous; results are always allocated so.
+    contiguous = (channels, offset_mask.shape[3], channels)
+    strides = [c if s is None else s for c, s in zip(contiguous, strides, strict=False)]
+    if len(strides) == 2:
+        strides.append(channels)
+    pairs = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)
+    return DCNv4Params(
+        *sizes,
+        *strides,
+        channels,
+        offset_mask.shape[3],
+        offset_mask.shape[3],
+        geometry.groups,
+        channels // geometry.groups,
+        *(value for pair in pairs for value in pair),
+        geometry.offset_scale,
+        geometry.remove_center,
+        geometry.softmax,
+        _DTYPE_CODES[input.dtype],
+    )
+
+
+def _prepare(input, offset_mask, grad_output, scalars: tuple):
+    """The plan of this call, and the tensors as the kernels can read them."""
+    of_grad = None if grad_output is None else (grad_output.stride(), torch.are_deterministic_algorithms_enabled())
+    key = (
+        input.shape,
+        input.stride(),
+        input.dtype,
+        input.get_device(),
+        offset_mask.shape,
+        offset_mask.stride(),
+        offset_mask.dtype,
+        offset_mask.get_device(),
+        of_grad,
+        scalars,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = Plan(input, offset_mask, grad_output, scalars, of_grad is not None and of_grad[1])
+        if len(_plans) >= _MAX_PLANS:  # a plan is cheap to make again
+            _plans.clear()
+        _plans[key] = plan
+    if plan.copies is not None:
+        tensors = (input, offset_mask, grad_output)
+        copied = [t.contiguous() if copy else t for t, copy in zip(tensors, plan.copies, strict=False)]
+        input, offset_mask, grad_output = (*copied, None) if len(copied) == 2 else copied
+    return plan, input, offset_mask, grad_output
+
+
+def _cuda_error(library: ctypes.CDLL, device: int) -> RuntimeError:
+    message = library.dcngen_cuda_last_error().decode()
+    major, minor = torch.cuda.get_device_capability(device)
+    compiled = library.dcngen_cuda_architectures().decode()
+    hint = ""
+    if "kernel image" in message:  # cudaErrorNoKernelImageForDevice
+        hint = f"; rebuild with DCNGEN_CUDA_ARCHITECTURES={major}{minor}, or use DCNGEN_BACKEND=reference"
+    return RuntimeError(
+        f"dcnv4 on cuda:{device} (compute capability {major}.{minor}, kernels compiled for {compiled}): {message}{hint}"
+    )
+
+
+# Below autograd nothing may record, whoever calls.
+@torch.no_grad()
+def _forward_reference(input: torch.Tensor, offset_mask: torch.Tensor, scalars: tuple) -> torch.Tensor:
+    return reference_forward(input, offset_mask, geometry_of(scalars)).contiguous()
+
+
+@torch.no_grad()
+def _backward_reference(grad_output, input, offset_mask, scalars: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference_backward(grad_output, input, offset_mask, geometry_of(scalars))
