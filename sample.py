@@ -1,10 +1,11 @@
 """Draw pictures from a trained model.
 
     python sample.py --run runs/earth_dcn --num-images 64 --class-labels 0 1 2 3 --seed 0 --out samples/
-    accelerate launch --num_processes 2 sample.py --run runs/earth_dcn --num-images 50000 --npz --out samples/
+    accelerate launch --multi_gpu --num_processes 4 sample.py --run runs/cifar10_dcn --num-images 50000 --out samples/
 
 Picture i is drawn from seed + i and its label alone: the same with one process or many. Started again with the same
-arguments, it draws only what is missing.
+arguments, it draws only what is missing. One process on a CPU keeps all cores busy; more are for more machines (and
+also need --multi_gpu, in spite of its name: without it accelerate starts a single process on a CPU).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from dcngen.diffusion.loading import load_model, load_run, parse_class_labels
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    state = PartialState(cpu=args.device == "cpu")
+    state = join_processes(args.device)
     try:
         pipeline = open_pipeline(args, state.device)
         plan = make_plan(args, pipeline)
@@ -71,6 +72,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     compute.add_argument("--npz", action="store_true", help="write samples.npz (N, H, W, 3) uint8 besides the PNGs")
     compute.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
+
+
+def join_processes(device: str) -> PartialState:
+    """This process's place among those that a launcher has started: its rank, their number, its device."""
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu)
+    if state.num_processes == 1 and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        print("note: accelerate has started one process only; on a CPU pass it --multi_gpu for more", file=sys.stderr)
+    return state
 
 
 def open_pipeline(args: argparse.Namespace, device: torch.device) -> LatentDiffusionPipeline:
