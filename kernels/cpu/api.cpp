@@ -55,16 +55,16 @@ int64_t output_size(int64_t size, int pad, int dilation, int kernel, int stride)
 }
 
 void check_sizes(const dcngen_dcnv4_params& p, int taps) {
-  // Coordinates are floats and pixel indices 32 bits within one image; the batch has no limit.
-  constexpr int64_t kMaxSide = 1 << 23, kMaxPixels = int64_t{1} << 31;
+  // Within one image, coordinates and pixel indices are 32-bit integers; the batch has no limit.
+  constexpr int64_t kMaxSide = 1 << 29, kMaxPixels = 1 << 30;
   require(p.dtype >= DCNGEN_FLOAT32 && p.dtype <= DCNGEN_BFLOAT16, "a dcngen_dtype", p.dtype);
   require(p.batch >= 0, "batch of at least 0", p.batch);
   require(p.groups >= 1, "groups of at least 1", p.groups);
   require(p.group_channels >= 1, "group_channels of at least 1", p.group_channels);
   for (int64_t side : {p.height_in, p.width_in, p.height_out, p.width_out}) {
-    require(side >= 0 && side <= kMaxSide, "heights and widths of 0 to 2^23", side);
+    require(side >= 0 && side <= kMaxSide, "heights and widths of 0 to 2^29", side);
   }
-  require(p.height_in * p.width_in < kMaxPixels, "input images of less than 2^31 pixels", p.height_in * p.width_in);
+  require(p.height_in * p.width_in <= kMaxPixels, "input images of at most 2^30 pixels", p.height_in * p.width_in);
   for (int size : {p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) {
     require(size >= 1 && size < 1 << 20, "kernel sizes, strides and dilations of at least 1 and less than 2^20", size);
   }

@@ -211,7 +211,7 @@ void backward_slices(const Backward& b, int64_t first_slice, int64_t last_slice,
     const Slice slice{scratch, first, rest < b.slice_channels ? rest : b.slice_channels};
     Row row{unit / p.groups, 0, static_cast<int>(unit % p.groups)};
 
-    __builtin_memset(slice.sums, 0, static_cast<size_t>(pixels_in + 1) * slice.channels * sizeof(float));
+    __builtin_memset(slice.sums, 0, static_cast<std::size_t>(pixels_in + 1) * slice.channels * sizeof(float));
     for (row.y = 0; row.y < p.height_out; ++row.y) {
       if (with_places) {
         backward_row<T, true, true>(b, row, &slice);

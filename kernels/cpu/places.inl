@@ -115,7 +115,7 @@ struct Coordinate {
 
 template <int L>
 inline Coordinate<L> coordinate(Flags<L> origin, Vec<L> shift, int32_t size) {
-  const Vec<L> far = splat<L>(1e9f);  // what converts to an integer safely
+  const Vec<L> far = splat<L>(1e9f);  // farther than any image is wide, and still converts to an integer
   const Flags<L> near = (shift > -far) & (shift < far);  // false for NaN
   const Vec<L> bounded = near ? shift : Vec<L>{};
   Flags<L> whole = __builtin_convertvector(bounded, Flags<L>);

@@ -1,5 +1,6 @@
 // Vectors of L floats (GCC and Clang vector extensions), and their loads, stores and sums for each storage type.
 // L = 1 is a plain float, so that the tail of an odd channel count runs through the same code.
+#include <cstddef>
 #include <cstdint>
 
 #if defined(__x86_64__)
