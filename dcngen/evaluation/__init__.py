@@ -1,0 +1,28 @@
+"""FID and its company: the Inception network, distances with error bars, comparisons of runs, reports."""
+
+from dcngen.evaluation.features import Features, extract_features, matching_reference, open_generated
+from dcngen.evaluation.fid import Scores, load_statistics, save_statistics, score
+from dcngen.evaluation.inception import InceptionFeatures
+from dcngen.evaluation.inception_weights import export_weights, find_weights, load_inception
+from dcngen.evaluation.statistics import FeatureStatistics, frechet_distance, kernel_distance
+from dcngen.evaluation.verdict import Verdict, judge
+
+__all__ = [
+    "FeatureStatistics",
+    "Features",
+    "InceptionFeatures",
+    "Scores",
+    "Verdict",
+    "export_weights",
+    "extract_features",
+    "find_weights",
+    "frechet_distance",
+    "judge",
+    "kernel_distance",
+    "load_inception",
+    "load_statistics",
+    "matching_reference",
+    "open_generated",
+    "save_statistics",
+    "score",
+]

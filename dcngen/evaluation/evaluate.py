@@ -6,9 +6,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from dcngen.data import DataConfig, open_images
+from dcngen.data import DataConfig, ImageSet, open_images
 from dcngen.evaluation.features import extract_features, matching_reference, open_generated
 from dcngen.evaluation.fid import Scores, load_statistics, save_statistics, score
 from dcngen.evaluation.inception_weights import export_weights, load_inception
@@ -80,7 +81,9 @@ def _evaluate(options, network) -> int:
         real = open_images(_data_config(options, images.image_size), options.data_split)
         chosen, described = None, f"all of {real.name} ({real.split})"
         if not options.all_reference:
-            chosen, described = matching_reference(real, generated.labels)
+            labels = labels_for(options.images, images, real.num_classes)
+            labels = labels[: len(indices)] if labels is not None else None
+            chosen, described = matching_reference(real, labels, len(indices))
         reference = extract_features(real, network, indices=chosen)
     scores = score(generated, reference, device=options.device, errors=not options.no_errors)
     print_scores(scores, described)
@@ -89,6 +92,20 @@ def _evaluate(options, network) -> int:
         content = {**asdict(scores), "provenance": asdict(generated.provenance), "reference": described}
         options.json_path.write_text(json.dumps(content, indent=2) + "\n")
     return 0
+
+
+def labels_for(path: str, images: ImageSet, num_classes: int) -> np.ndarray | None:
+    """Labels of generated pictures: their own, or those of the plan beside them; None when neither is known."""
+    if images.class_names != ["all"]:
+        return images.labels
+    plan_file = Path(path) / "plan.json"
+    if not plan_file.is_file():
+        return None
+    from dcngen.diffusion.plan import SamplePlan
+
+    plan = SamplePlan.from_dict(json.loads(plan_file.read_text())["plan"])
+    labels = plan.labels(num_classes)
+    return None if labels is None or len(labels) != len(images) else np.asarray(labels)
 
 
 def print_scores(scores: Scores, reference: str) -> None:

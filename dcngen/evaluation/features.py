@@ -198,20 +198,24 @@ def _npz_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
-def matching_reference(images: ImageSet, labels: np.ndarray) -> tuple[np.ndarray, str]:
-    """Indices of as many reference pictures as there are labels, class by class, spread evenly over the set.
+def matching_reference(images: ImageSet, labels: np.ndarray | None, count: int) -> tuple[np.ndarray, str]:
+    """Indices of ``count`` reference pictures spread evenly over the set, and how they were chosen, in words.
 
-    FID compares whole distributions, so the mixture of classes must agree: a class of which the reference has too few
-    pictures makes the choice fall back to the whole set's own mixture, and the note says so.
+    FID compares whole distributions, so the mixture of classes must agree with the labels (N,) of the generated
+    pictures. Without labels, or where the reference has too few pictures of a class, it is the data set's own.
     """
-    wanted = np.bincount(labels, minlength=images.num_classes)
-    have = np.asarray(images.class_counts)
-    if len(wanted) == len(have) and (wanted <= have).all():
-        chosen = []
-        for label, count in enumerate(wanted):
-            members = np.flatnonzero(images.labels == label)
-            chosen.append(members[np.linspace(0, len(members) - 1, count).round().astype(np.int64)])
-        return np.sort(np.concatenate(chosen)), "as many reference pictures of each class as generated ones"
-    count = min(len(labels), len(images))
+    if labels is not None:
+        wanted = np.bincount(labels, minlength=images.num_classes)
+        have = np.asarray(images.class_counts)
+        if len(wanted) == len(have) and (wanted <= have).all():
+            order = np.argsort(images.labels, kind="stable")
+            starts = np.cumsum(have) - have
+            chosen = [
+                order[start + np.linspace(0, total - 1, number).round().astype(np.int64)]
+                for start, total, number in zip(starts, have, wanted, strict=True)
+                if number
+            ]
+            return np.sort(np.concatenate(chosen)), f"{len(labels):,} pictures, of each class as many as generated"
+    count = min(count, len(images))
     indices = np.linspace(0, len(images) - 1, count).round().astype(np.int64)
-    return indices, f"{count} reference pictures in the data set's own mixture of classes"
+    return indices, f"{count:,} pictures in the data set's own mixture of classes"

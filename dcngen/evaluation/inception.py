@@ -73,7 +73,8 @@ class Mixed(nn.Module):
 
     Args:
         in_channels: channels of the input.
-        *branches: each ``(pool, steps)``; a step is ``(name, out_channels, kernel)`` and maybe ``"stride 2"`` or ``"fork"``.
+        *branches: each ``(pool, steps)``; a step is ``(name, out_channels, kernel)``, perhaps with ``"stride 2"`` or
+            ``"fork"``.
     """
 
     def __init__(self, in_channels: int, *branches: tuple[str | None, list]):

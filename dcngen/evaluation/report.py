@@ -1,0 +1,272 @@
+"""The comparison as a table in the terminal and as one self-contained HTML page."""
+
+import base64
+import io
+import json
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dcngen.data import ImageSet
+from dcngen.data.files import atomic_file
+from dcngen.evaluation.charts import Series, interval_chart, line_chart
+from dcngen.evaluation.comparison import FLOORS, Arm, Comparison
+from dcngen.evaluation.fid import Scores
+from dcngen.evaluation.statistics import Z95
+
+PANEL_COLUMNS = 8
+PANEL_CLASSES = 10
+
+
+def write_report(comparison: Comparison, path: str | Path) -> tuple[Path, Path]:
+    """Write the page at ``path`` and all numbers as ``compare.json`` beside it; returns both paths."""
+    path = Path(path)
+    with atomic_file(path) as partial:
+        partial.write_text(render(comparison), encoding="utf-8")
+    numbers = path.with_name("compare.json")
+    with atomic_file(numbers) as partial:
+        partial.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return path, numbers
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def terminal_table(comparison: Comparison) -> str:
+    """The comparison as text: a row a run, the floors, the verdicts, the caveats."""
+    header = ["", "FID", "KID x 1000", "params", "GFLOPs", "train img/s", "train time", "sample img/s"]
+    rows = [[cell.replace("&plusmn;", "+-") for cell in _cells(arm)] for arm in comparison.arms]
+    for name, scores in comparison.floors.items():
+        rows.append([FLOORS[name], f"{scores.fid:.2f}", f"{1000 * scores.kid:.2f}", *[""] * 5])
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.insert(2 + len(comparison.arms), "-" * len(lines[0]))
+    for arm in comparison.arms[1:]:
+        lines.append("")
+        against = f"{arm.run.name} is {arm.verdict.outcome.upper()} against {comparison.arms[0].run.name}"
+        lines.append(f"{against}: {arm.verdict.reason}.")
+    lines += [f"warning: {text}" for text in comparison.warnings]
+    lines += [f"note: {text}" for text in comparison.arms[0].scores.notes]
+    return "\n".join(lines)
+
+
+def _cells(arm: Arm) -> list[str]:
+    training = arm.run.training
+    return [
+        arm.run.name,
+        _with_error(arm.scores.fid, arm.scores.fid_error, 2),
+        _with_error(1000 * arm.scores.kid, 1000 * arm.scores.kid_error, 2),
+        f"{arm.num_parameters / 1e6:.2f} M",
+        f"{arm.flops / 1e9:.3f}" if arm.flops else "-",
+        f"{training['images_per_second']:.1f}" if training["images_per_second"] else "-",
+        _duration(training["train_seconds"]),
+        f"{arm.sampling['images_per_second']:.1f}" if arm.sampling["images_per_second"] else "-",
+    ]
+
+
+def _with_error(value: float, error: float, digits: int) -> str:
+    return f"{value:.{digits}f} &plusmn; {Z95 * error:.{digits}f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def render(comparison: Comparison) -> str:
+    """The page as HTML; pictures and styles are inside."""
+    names = " and ".join(escape(arm.run.name) for arm in comparison.arms)
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    sections = [
+        _heading(comparison, names),
+        *map(_verdict_box(comparison), comparison.arms[1:]),
+        _score_section(comparison),
+    ]
+    sections += [_curve_section(comparison), _picture_section(comparison), _difference_section(comparison)]
+    sections.append(_provenance_section(comparison))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{names}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _heading(comparison: Comparison, names: str) -> str:
+    plan, reference = comparison.plan, comparison.reference
+    guidance = "unguided" if plan.guidance_scale == 1 else f"guidance {plan.guidance_scale:g}"
+    return (
+        f"<h1>{names}</h1><p class=lead>{plan.num_images:,} pictures each from seeds {plan.seed} to "
+        f"{plan.seed + plan.num_images - 1}, {escape(plan.sampler)} with {plan.steps} steps, {guidance}; against "
+        f"{escape(reference.name)} ({escape(reference.split)}): {escape(comparison.reference_note)}.</p>"
+    )
+
+
+def _verdict_box(comparison: Comparison):
+    def box(arm: Arm) -> str:
+        v = arm.verdict
+        low, high = v.fid_interval
+        kid, kid_low, kid_high = (1000 * value for value in (v.kid_difference, *v.kid_interval))
+        return (
+            f'<div class="verdict {v.outcome}"><b>{escape(arm.run.name)}: {v.outcome}</b><span>{escape(v.reason)}.<br>'
+            f"FID difference {v.fid_difference:+.2f} (95&nbsp;%: {low:+.2f} to {high:+.2f}), "
+            f"KID&nbsp;&times;&nbsp;1000 difference {kid:+.2f} ({kid_low:+.2f} to {kid_high:+.2f}), "
+            f"paired by seed; baseline is {escape(comparison.arms[0].run.name)}.</span></div>"
+        )
+
+    return box
+
+
+def _score_section(comparison: Comparison) -> str:
+    columns = [
+        "",
+        "FID",
+        "KID &times; 1000",
+        "FID<sub>&infin;</sub>",
+        "U-Net",
+        "GFLOPs",
+        "training",
+        "trained for",
+        "sampling",
+    ]
+    rows = []
+    for index, arm in enumerate(comparison.arms):
+        name, fid, kid, parameters, flops, rate, duration, sampling = _cells(arm)
+        seen = arm.run.training["num_images_seen"]
+        trained = duration + (f"<br><small>{seen:,} pictures</small>" if seen else "")
+        key = f'<span class="key arm{index % 4}"></span>'
+        speeds = [_unit(rate, "img/s"), trained, _unit(sampling, "img/s")]
+        rows.append([key + escape(name), fid, kid, _infinity(arm.scores), parameters, flops, *speeds])
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    for name, scores in comparison.floors.items():
+        cells = [f'<span class="key floor"></span>{FLOORS[name]}', f"{scores.fid:.2f}", f"{1000 * scores.kid:.2f}"]
+        body += '<tr class="floor">' + "".join(f"<td>{cell}</td>" for cell in [*cells, *[""] * 6]) + "</tr>"
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    notes = "".join(f"<li>{escape(text)}</li>" for text in comparison.warnings + comparison.arms[0].scores.notes)
+    return (
+        f"<h2>Scores</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>"
+        f'<p class="note">Lower is better. &plusmn; is the 95&nbsp;% interval over seeds (delete-a-group jackknife, 20 '
+        f"groups). The grey rows are bounds: what real pictures would score at this number, and what the autoencoder "
+        f"alone costs. GFLOPs: one U-Net evaluation on one sample.</p><ul class=note>{notes}</ul>"
+    )
+
+
+def _infinity(scores: Scores) -> str:
+    return f"{scores.fid_infinity:.2f}" if scores.fid_infinity is not None else "<small>needs 2,048</small>"
+
+
+def _unit(text: str, unit: str) -> str:
+    return text if text == "-" else f"{text} <small>{unit}</small>"
+
+
+def _curve_section(comparison: Comparison) -> str:
+    series = []
+    for index, arm in enumerate(comparison.arms):
+        points = [m for m in arm.run.metrics if {"loss", "num_images_seen"} <= m.keys()]
+        x, y = (np.array([m[name] for m in points], dtype=float) for name in ("num_images_seen", "loss"))
+        series.append(Series(arm.run.name, x, y, f"arm{index % 4}"))
+    rows = [
+        (arm.run.name, arm.scores.fid, Z95 * arm.scores.fid_error, f"arm{index % 4}")
+        for index, arm in enumerate(comparison.arms)
+    ]
+    rows += [(FLOORS[name], scores.fid, 0.0, "floor") for name, scores in comparison.floors.items()]
+    loss = line_chart(series, "pictures seen", "training loss")
+    charts = [f"<figure>{interval_chart(rows, 'FID, with 95 % interval')}</figure>"]
+    if loss:
+        charts.append(f"<figure>{loss}</figure>")
+    return f"<h2>FID and training loss</h2><div class=charts>{''.join(charts)}</div>"
+
+
+def _picture_section(comparison: Comparison) -> str:
+    reference = comparison.reference
+    labels = _shown_classes(comparison)
+    columns = PANEL_COLUMNS if reference.image_size <= 96 else PANEL_COLUMNS // 2
+    cells = ["<span></span>"]
+    cells += [
+        f'<h3><span class="key arm{i % 4}"></span>{escape(a.run.name)}</h3>' for i, a in enumerate(comparison.arms)
+    ]
+    cells.append(f"<h3>real ({escape(reference.split)})</h3>")
+    for label in labels:
+        name = reference.class_names[label] if label is not None else "all"
+        cells.append(f"<div class=class>{escape(name)}</div>")
+        cells += [_strip(arm.samples, None, label, columns) for arm in comparison.arms]
+        cells.append(_strip(reference, comparison.reference_indices, label, columns))
+    return (
+        f'<h2>Pictures</h2><div class="panels" style="--n: {len(comparison.arms) + 1}">{"".join(cells)}</div>'
+        f'<p class="note">Not chosen: the first pictures of each class by seed. The same place means the same seed.</p>'
+    )
+
+
+def _shown_classes(comparison: Comparison) -> list[int | None]:
+    labels = (
+        comparison.plan.labels(comparison.reference.num_classes)
+        if comparison.arms[0].samples.class_names != ["all"]
+        else None
+    )
+    if labels is None:
+        return [None]
+    present = sorted(set(labels) & set(range(comparison.reference.num_classes)))
+    return present[:PANEL_CLASSES]
+
+
+def _strip(images: ImageSet, indices: np.ndarray | None, label: int | None, columns: int) -> str:
+    """The first pictures of a class in two rows, as an inline PNG."""
+    from dcngen.diffusion.images import image_grid
+
+    members = np.arange(len(images)) if indices is None else indices
+    if label is not None:
+        members = members[images.labels[members] == label]
+    if indices is not None:  # real pictures lie in the order of the data set: spread the choice over it
+        members = members[np.linspace(0, len(members) - 1, min(2 * columns, len(members))).astype(int)]
+    if not len(members):
+        return "<span></span>"
+    grid = image_grid(torch.stack([images[int(i)][0] for i in members[: 2 * columns]]), columns=columns, padding=1)
+    buffer = io.BytesIO()
+    grid.save(buffer, format="png")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _difference_section(comparison: Comparison) -> str:
+    if not comparison.differences:
+        return ""
+    head = "<th>setting</th>" + "".join(f"<th>{escape(arm.run.name)}</th>" for arm in comparison.arms)
+    rows = "".join(
+        f"<tr><td><code>{escape(key)}</code></td>"
+        + "".join(f"<td>{escape(str(value))}</td>" for value in values)
+        + "</tr>"
+        for key, values in comparison.differences.items()
+    )
+    return f'<h2>What differs between the runs</h2><table class="plain"><tr>{head}</tr>{rows}</table>'
+
+
+def _provenance_section(comparison: Comparison) -> str:
+    data = comparison.to_dict()
+    reference = data["reference"]
+    facts = {
+        "plan": json.dumps(data["plan"]),
+        "plan digest": data["plan_digest"],
+        "reference": f"{reference['name']} ({reference['split']}), digest {reference['digest']}",
+        "credit": comparison.reference.provenance,
+        "Inception weights": f"{data['inception_weights']['digest']} from {data['inception_weights']['origin']}",
+        "resize for Inception": "TensorFlow 1 bilinear to 299, no antialiasing, from uint8",
+        "measured on": comparison.device,
+        "versions": ", ".join(f"{name} {version}" for name, version in comparison.versions.items()),
+        "duration": _duration(comparison.seconds),
+    }
+    rows = "".join(f"<tr><td>{key}</td><td><code>{escape(str(value))}</code></td></tr>" for key, value in facts.items())
+    command = f"<pre>{escape(comparison.command)}</pre>" if comparison.command else ""
+    return f'<h2>How these numbers were made</h2>{command}<table class="plain">{rows}</table>'

@@ -1,0 +1,170 @@
+"""A finished training run as the comparison sees it: its folder, read once."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+
+from dcngen.data import DataConfig
+
+# What may differ between two arms of a comparison without touching what is compared.
+BOOKKEEPING = ("name", "output_dir", "logging", "sampling", "checkpoint")
+
+
+@dataclass
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: ``runs/<name>``.
+        config: the resolved configuration (``config.yaml``).
+        record: what training wrote down about itself (``run.json``); empty if it did not.
+        metrics: the lines of ``metrics.jsonl``, in order.
+    """
+
+    folder: Path
+    config: dict
+    record: dict
+    metrics: list[dict] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Read a run folder.
+
+        Raises:
+            FileNotFoundError: no such folder, or it has no configuration.
+        """
+        folder = Path(folder)
+        config = folder / "config.yaml"
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a finished run: expected {config} (train one with "
+                f"`accelerate launch train_ldm.py --config configs/<name>.yaml`)"
+            )
+        record = folder / "run.json"
+        return cls(
+            folder,
+            yaml.safe_load(config.read_text()) or {},
+            json.loads(record.read_text()) if record.is_file() else {},
+            _read_metrics(folder / "metrics.jsonl"),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def data_config(self) -> DataConfig:
+        known = {f.name for f in fields(DataConfig)}
+        return DataConfig(**{key: value for key, value in self.config.get("data", {}).items() if key in known})
+
+    def load_pipeline(self):
+        """The pipeline with the averaged weights, on the CPU."""
+        from dcngen.diffusion.loading import load_run
+
+        return load_run(self.folder)
+
+    @property
+    def training(self) -> dict:
+        """Pictures a second, seconds and pictures seen, as far as they were written down."""
+        last = self.metrics[-1] if self.metrics else {}
+        rates = sorted(m["images_per_second"] for m in self.metrics if m.get("images_per_second"))
+        known = last | {"images_per_second": rates[len(rates) // 2] if rates else None} | self.record
+        names = ("images_per_second", "train_seconds", "num_images_seen", "step", "device_name")
+        return {name: known.get(name) for name in names}
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the last line of a run that was killed while writing
+    return lines
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested mapping to dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def config_differences(runs: list[Run]) -> dict[str, list]:
+    """Dotted configuration keys whose values differ between the runs, bookkeeping left out."""
+    flats = [
+        {key: value for key, value in flatten(run.config).items() if key.split(".")[0] not in BOOKKEEPING}
+        for run in runs
+    ]
+    keys = sorted(set().union(*flats))
+    values = {key: [flat.get(key) for flat in flats] for key in keys}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+
+
+def require_comparable(runs: list[Run], vae_digests: list[str], data_digests: list[str], allow: bool) -> list[str]:
+    """Refuse runs that differ in what must be shared; with ``allow``, return the differences as warnings.
+
+    Raises:
+        ValueError: another autoencoder, data set or objective, and ``allow`` is false.
+    """
+    shared = {
+        "autoencoder": vae_digests,
+        "data set": data_digests,
+        "objective": [json.dumps(run.config.get("objective", {}), sort_keys=True) for run in runs],
+    }
+    problems = []
+    for what, values in shared.items():
+        for run, value in zip(runs[1:], values[1:], strict=True):
+            if value != values[0]:
+                problems.append(
+                    f"{run.name} and {runs[0].name} differ in their {what} ({value[:60]}, {values[0][:60]})"
+                )
+    if problems and not allow:
+        raise ValueError(
+            "these runs cannot be compared:\n  " + "\n  ".join(problems) + "\n"
+            "train them with the same autoencoder, data and objective, or pass --allow-different to compare anyway"
+        )
+    return problems
+
+
+def unet_flops(unet: torch.nn.Module) -> int | None:
+    """Floating-point operations of one U-Net evaluation on one sample (a multiply-add counts 2), or None.
+
+    Counted on the meta device by torch's flop counter: convolutions, matrix products, attention, and DCNv4 at 8 a tap
+    and channel (four corners, a multiply-add each). Norms and activations are not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    custom = {}
+    if hasattr(torch.ops, "dcngen") and hasattr(torch.ops.dcngen, "dcnv4"):
+        custom[torch.ops.dcngen.dcnv4] = _dcnv4_flops
+    try:
+        with torch.device("meta"):
+            model = type(unet)(**{k: v for k, v in dict(unet.config).items() if not k.startswith("_")})
+            size = unet.config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            sample = torch.empty(1, unet.config.in_channels, height, width)
+            timestep = torch.empty((1,), dtype=torch.int64)
+            labels = torch.empty((1,), dtype=torch.int64) if unet.config.num_class_embeds else None
+        counter = FlopCounterMode(display=False, custom_mapping=custom)
+        with counter, torch.no_grad():
+            model(sample, timestep, class_labels=labels)
+        return int(counter.get_total_flops())
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None  # a layer that cannot run without data; the number is an extra
+
+
+def _dcnv4_flops(input_shape, offset_mask_shape, kernel_h, kernel_w, *scalars, out_shape=None, **_) -> int:
+    *_, remove_center, _softmax = scalars
+    taps = kernel_h * kernel_w - (1 if remove_center else 0)
+    batch, height, width, channels = out_shape
+    return 8 * batch * height * width * channels * taps
