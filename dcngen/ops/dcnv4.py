@@ -54,8 +54,9 @@ def dcnv4(
     -1 < x < W and -1 < y < H (a NaN does not); corners outside the image contribute 0. Coordinates, weights and sums
     are float32 for float32, float16 and bfloat16 tensors, with one rounding at the end.
 
-    The compiled kernels compute it on CPU and CUDA; float64, a missing library and backward with create_graph=True
-    (for second derivatives) take plain torch, `dcnv4_reference`: the same function, slower. Under torch.autocast both
+    The compiled kernels compute it on CPU and CUDA. Plain torch, `dcnv4_reference`, does where they cannot: float64, a
+    missing library, backward with create_graph=True (for second derivatives), torch.func transforms and forward-mode
+    derivatives. It is the same function, slower. Under torch.autocast both
     tensors are cast to the autocast dtype. Channel slices of a wider contiguous tensor are read in place; other
     layouts are copied first.
 
@@ -92,6 +93,10 @@ def dcnv4(
         bool(remove_center),
         bool(softmax),
     )
+    if torch.compiler.is_compiling():
+        return _forward_op(input, offset_mask, *scalars)
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return reference_forward(input, offset_mask, launch.geometry_of(scalars))
     if not _is_plain_eager(input, offset_mask):
         return _forward_op(input, offset_mask, *scalars)
     if torch.is_grad_enabled() and (input.requires_grad or offset_mask.requires_grad):
@@ -100,19 +105,15 @@ def dcnv4(
 
 
 def _is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
-    """Whether the dispatcher has nothing to add: no compilation, mode, transform, autocast, tracer or profiler.
+    """Whether the dispatcher has nothing to add: no subclass, mode, autocast, tracer or profiler.
 
     Its way through Python costs about 10 us a call, more than the kernel itself on small maps.
     """
-    if torch.compiler.is_compiling():
-        return False
     return (
         type(input) in _PLAIN_TYPES
         and type(offset_mask) in _PLAIN_TYPES
         and (input.is_cuda or input.is_cpu)
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
         and not torch.is_autocast_enabled(input.device.type)
