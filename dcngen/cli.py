@@ -13,7 +13,7 @@ import sys
 COMMANDS = {
     "info": ("dcngen.info", "what was found on this machine: versions, compiled operators, caches"),
     "data": ("dcngen.data.cli", "fetch and prepare a data set, draw a contact sheet"),
-    "evaluate": ("dcngen.evaluation.evaluate", "FID and KID of a folder of pictures, or of one run"),
+    "evaluate": ("dcngen.evaluation.evaluate", "FID and KID of a folder of pictures against a data set"),
     "compare": ("dcngen.evaluation.cli", "compare trained runs under one plan: table and HTML report"),
     "params": ("dcngen.models.params", "parameter counts of the U-Nets"),
     "export": ("dcngen.diffusion.export", "write a pipeline folder that loads without dcngen installed"),

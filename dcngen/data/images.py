@@ -160,7 +160,7 @@ def _prepare(source: Source, config: DataConfig, part: str, progress: bool) -> I
     label = Path(config.name).name.replace(":", "-")
     folder = config.cache_root / "images" / f"{label}-{size}-{part}-{key[:16]}"
     if not (folder / "meta.json").is_file():
-        indices = _evenly_spaced(len(source), limit)
+        indices = evenly_over_classes(source.labels, limit)
         if len(indices) * 3 * size * size > 1e9 * float(os.environ.get("DCNGEN_PIXEL_CACHE_GB", 32)):
             pixels = LazyPixels(source, indices, size)
             return ImageSet(pixels, source.labels[indices], source.class_names, digest=key, **common)
@@ -177,10 +177,15 @@ def _prepare(source: Source, config: DataConfig, part: str, progress: bool) -> I
     return ImageSet(pixels, labels, meta["class_names"], digest=meta["digest"], folder=folder, **common)
 
 
-def _evenly_spaced(count: int, limit: int | None) -> np.ndarray:
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.linspace(0, count - 1, limit).round().astype(np.int64)
+def evenly_over_classes(labels: np.ndarray, count: int | None) -> np.ndarray:
+    """Ascending indices of ``count`` pictures, spread evenly over every class and in the set's mixture of classes.
+
+    Plain every-k-th picking would miss classes that take turns in the order of the set.
+    """
+    if count is None or count >= len(labels):
+        return np.arange(len(labels))
+    order = np.argsort(labels, kind="stable")
+    return np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(np.int64)])
 
 
 def _write_pixels(source: Source, indices, size: int, path: Path, title: str, progress: bool) -> None:

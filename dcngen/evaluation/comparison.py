@@ -14,7 +14,7 @@ from dcngen.data import ImageSet, open_images
 from dcngen.evaluation.features import Features, extract_features, matching_reference, open_generated
 from dcngen.evaluation.fid import Scores, score
 from dcngen.evaluation.inception import InceptionFeatures
-from dcngen.evaluation.runs import Run, config_differences, require_comparable, unet_flops
+from dcngen.evaluation.runs import Run, config_differences, require_comparable, unequal_training, unet_flops
 from dcngen.evaluation.verdict import Verdict, judge
 
 FLOORS = {
@@ -136,6 +136,8 @@ def compare(
     vae_digests = [module_digest(pipeline.vae) for pipeline in pipelines]
     warnings = require_comparable(runs, vae_digests, [images.digest for images in train_sets], allow_different)
 
+    warnings += unequal_training(runs)
+
     reference = open_images(runs[0].data_config, "reference", progress=progress)
     labels = plan.labels(getattr(pipelines[0], "num_classes", 0))
     indices, note = matching_reference(reference, None if labels is None else np.asarray(labels), plan.num_images)
@@ -198,7 +200,7 @@ def _measure(run: Run, pipeline, plan, network, real: Features, batch_size, prog
     features = extract_features(samples, network, described=run.name, progress=progress, cache_root=_cache(run))
     return Arm(
         run=run,
-        scores=score(features, real, device=next(network.parameters()).device),
+        scores=score(features, real, device=next(network.parameters()).device, progress=progress),
         samples=samples,
         num_parameters=count_parameters(pipeline.unet),
         flops=unet_flops(pipeline.unet),

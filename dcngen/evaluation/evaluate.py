@@ -85,7 +85,7 @@ def _evaluate(options, network) -> int:
             labels = labels[: len(indices)] if labels is not None else None
             chosen, described = matching_reference(real, labels, len(indices))
         reference = extract_features(real, network, indices=chosen)
-    scores = score(generated, reference, device=options.device, errors=not options.no_errors)
+    scores = score(generated, reference, device=options.device, errors=not options.no_errors, progress=True)
     print_scores(scores, described)
     print(f"({time.perf_counter() - started:.1f} s)")
     if options.json_path:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from dcngen.data.config import default_cache_dir
 from dcngen.data.files import atomic_file
-from dcngen.data.images import PREPROCESSING, ImageSet, LazyPixels
+from dcngen.data.images import PREPROCESSING, ImageSet, LazyPixels, evenly_over_classes
 from dcngen.data.sources import IMAGE_SUFFIXES, Source
 from dcngen.evaluation.inception import InceptionFeatures
 
@@ -216,6 +216,5 @@ def matching_reference(images: ImageSet, labels: np.ndarray | None, count: int) 
                 if number
             ]
             return np.sort(np.concatenate(chosen)), f"{len(labels):,} pictures, of each class as many as generated"
-    count = min(count, len(images))
-    indices = np.linspace(0, len(images) - 1, count).round().astype(np.int64)
-    return indices, f"{count:,} pictures in the data set's own mixture of classes"
+    indices = evenly_over_classes(images.labels, count)
+    return indices, f"{len(indices):,} pictures in the data set's own mixture of classes"

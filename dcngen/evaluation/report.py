@@ -263,6 +263,7 @@ def _provenance_section(comparison: Comparison) -> str:
         "credit": comparison.reference.provenance,
         "Inception weights": f"{data['inception_weights']['digest']} from {data['inception_weights']['origin']}",
         "resize for Inception": "TensorFlow 1 bilinear to 299, no antialiasing, from uint8",
+        "trained on": ", ".join(dict.fromkeys(str(a.run.training["device_name"] or "-") for a in comparison.arms)),
         "measured on": comparison.device,
         "versions": ", ".join(f"{name} {version}" for name, version in comparison.versions.items()),
         "duration": _duration(comparison.seconds),

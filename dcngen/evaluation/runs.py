@@ -136,6 +136,15 @@ def require_comparable(runs: list[Run], vae_digests: list[str], data_digests: li
     return problems
 
 
+def unequal_training(runs: list[Run]) -> list[str]:
+    """A warning if the runs did not see the same number of pictures in training."""
+    seen = {run.name: run.training["num_images_seen"] for run in runs}
+    if len(set(seen.values())) == 1:
+        return []
+    counts = ", ".join(f"{name} {count:,}" if count else f"{name} unknown" for name, count in seen.items())
+    return [f"the runs saw different numbers of pictures in training: {counts}"]
+
+
 def unet_flops(unet: torch.nn.Module) -> int | None:
     """Floating-point operations of one U-Net evaluation on one sample (a multiply-add counts 2), or None.
 

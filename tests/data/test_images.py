@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dcngen.data import DataConfig, open_images
-from dcngen.data.images import LazyPixels, to_square
+from dcngen.data.images import LazyPixels, evenly_over_classes, to_square
 
 
 def config_for(root, tmp_path, **options):
@@ -127,9 +127,46 @@ def test_hub_data_set_saved_locally(tmp_path, picture):
         HubSource(source.dataset, "local", "photo", None)
 
 
+def test_hub_name_is_loaded_split_by_split(tmp_path, picture, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "species": datasets.ClassLabel(names=["x", "y"])})
+
+    def part(seeds):
+        rows = {"image": [picture(i) for i in seeds], "species": [i % 2 for i in seeds]}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    asked = []
+
+    def load_dataset(path, config):
+        asked.append((path, config))
+        return {"train": part(range(4)), "validation": part(range(4, 6))}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(name="owner/birds:small", image_size=8, cache_dir=str(tmp_path))
+    train, reference = open_images(config, progress=False), open_images(config, "reference", progress=False)
+    assert asked[0] == ("owner/birds", "small")
+    assert len(train) == 4 and len(reference) == 2 and reference.split == "held-out"
+    assert np.array_equal(reference[1][0].permute(1, 2, 0).numpy(), to_square(picture(5), 8))
+
+    def fail(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(RuntimeError, match=r"neither a preset, nor a folder here.*no route"):
+        open_images(DataConfig(name="owner/fish", cache_dir=str(tmp_path)), progress=False)
+
+
 @pytest.mark.parametrize(
     "options", [{"name": ""}, {"image_size": 0}, {"limit": 0}, {"reference": "test"}], ids=lambda o: next(iter(o))
 )
 def test_config_rejects_nonsense(options):
     with pytest.raises(ValueError, match="data"):
         DataConfig(**options)
+
+
+def test_even_choice_keeps_classes_that_take_turns():
+    labels = np.arange(90) % 3
+    chosen = evenly_over_classes(labels, 30)
+    assert np.bincount(labels[chosen]).tolist() == [10, 10, 10]
+    assert len(np.unique(chosen)) == 30 and (np.diff(chosen) > 0).all()
+    assert evenly_over_classes(labels, None).tolist() == evenly_over_classes(labels, 99).tolist() == list(range(90))

@@ -37,3 +37,25 @@ def gaussian_features():
         return noise @ mixing + shift
 
     return make
+
+
+class ColourFeatures(torch.nn.Module):
+    """Features any test can check by hand: mean and spread of each colour."""
+
+    num_features, weights_digest, weights_origin = 6, "colours", "test"
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.batches = []
+
+    def forward(self, images):
+        self.batches.append(len(images))
+        x = images.float() / 255
+        return torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3))], dim=1) * self.scale
+
+
+@pytest.fixture
+def colour_network():
+    """The class of a feature network that needs no weights."""
+    return ColourFeatures
