@@ -1,0 +1,157 @@
+// Launches the window backward for one dtype: tensor maps, tile choice, the two kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backward_far.cuh"
+
+namespace dcngen::backward {
+
+struct Tile {
+  int units_x, units_y;  // of 8x4 pixels
+};
+
+// The u range that tiles must cover: every input and the middle tap of every output. It begins at whole units, so that
+// no unit lies across the input's upper or left edge: the copy engine does not store there.
+struct Extent {
+  int begin_x, begin_y, end_x, end_y;
+};
+
+inline Extent extent_of(const Params& p) {
+  const int shift_x = 1 - p.pad_w, shift_y = 1 - p.pad_h;
+  const auto begin = [](int shift, int unit) { return shift < 0 ? -((unit - 1 - shift) / unit * unit) : 0; };
+  const auto most = [](int64_t a, int64_t b) { return static_cast<int>(a > b ? a : b); };
+  return {begin(shift_x, 8), begin(shift_y, 4), most(p.width_in, p.width_out + shift_x),
+          most(p.height_in, p.height_out + shift_y)};
+}
+
+inline int tiles_over(int length, int size) { return (length + size - 1) / size; }
+
+// 8x8 for the small maps; else 16x8.
+inline Tile choose_tile(const Params& p) {
+  const Extent e = extent_of(p);
+  return e.end_x - e.begin_x <= 8 ? Tile{1, 2} : Tile{2, 2};
+}
+
+inline int64_t count_blocks(const Params& p, Tile tile) {
+  const Extent e = extent_of(p);
+  return p.batch * p.groups * tiles_over(e.end_x - e.begin_x, 8 * tile.units_x) *
+         int64_t{tiles_over(e.end_y - e.begin_y, 4 * tile.units_y)};
+}
+
+inline int64_t count_units(const Params& p, Tile tile) { return count_blocks(p, tile) * tile.units_x * tile.units_y; }
+
+struct TensorBox {
+  int64_t channels, width, height, batch, pixel_stride;
+  int box_channels, box_width, box_height;
+};
+
+inline cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void* pointer, const TensorBox& t) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode_tiled = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+  }();
+  if (encode_tiled == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(t.channels), static_cast<cuuint64_t>(t.width),
+                               static_cast<cuuint64_t>(t.height), static_cast<cuuint64_t>(t.batch)};
+  const cuuint64_t pixel = 2 * static_cast<cuuint64_t>(t.pixel_stride);
+  const cuuint64_t strides[3] = {pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(t.box_channels), static_cast<cuuint32_t>(t.box_width),
+                             static_cast<cuuint32_t>(t.box_height), 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUtensorMapSwizzle swizzle = t.box_channels == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
+                                     : t.box_channels == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                            : CU_TENSOR_MAP_SWIZZLE_128B;
+  const CUresult result = encode_tiled(map, type, 4, const_cast<void*>(pointer), sizes, strides, box, steps,
+                                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
+  const Params& p = args.p;
+  const Extent e = extent_of(p);
+  TileArgs t;
+  t.offset_mask = args.offset_mask;
+  t.grad_offset_mask = args.grad_offset_mask;
+  t.far_units = static_cast<uint8_t*>(args.workspace);
+  t.offset_mask_stride = p.offset_mask_pixel_stride;
+  t.grad_offset_mask_stride = p.grad_offset_mask_pixel_stride;
+  t.channels = p.offset_mask_channels;
+  t.groups = p.groups;
+  t.by_group = window::FastDivide(p.groups);
+  t.by_tiles_x = window::FastDivide(tiles_over(e.end_x - e.begin_x, 8 * tile.units_x));
+  t.by_tiles_y = window::FastDivide(tiles_over(e.end_y - e.begin_y, 4 * tile.units_y));
+  t.width_out = static_cast<int>(p.width_out), t.height_out = static_cast<int>(p.height_out);
+  t.width_in = static_cast<int>(p.width_in), t.height_in = static_cast<int>(p.height_in);
+  t.origin_x = e.begin_x, t.origin_y = e.begin_y, t.end_x = e.end_x, t.end_y = e.end_y;
+  t.shift_x = 1 - p.pad_w, t.shift_y = 1 - p.pad_h;
+  t.scale = p.offset_scale;
+  return t;
+}
+
+template <typename T, int D, int UNITS_X, int UNITS_Y>
+cudaError_t launch_tile(const BackwardArgs& args, const TileArgs& tile, cudaStream_t stream) {
+  using Shape = TileShape<D, UNITS_X, UNITS_Y>;
+  const Params& p = args.p;
+  const int64_t channels = int64_t{p.groups} * D;
+  constexpr auto kType = HalfTraits<T>::kMapType;
+  Maps maps;
+  const TensorBox boxes[4] = {
+      {channels, p.width_in, p.height_in, p.batch, p.input_pixel_stride, D, Shape::kPitch, Shape::kRows},
+      {channels, p.width_out, p.height_out, p.batch, p.output_pixel_stride, D, Shape::kPitch, Shape::kRows},
+      {27 * int64_t{p.groups}, p.width_out, p.height_out, p.batch, p.offset_mask_pixel_stride, 32, Shape::kPitch,
+       Shape::kRows},
+      {channels, p.width_in, p.height_in, p.batch, p.grad_input_pixel_stride, D, 8, 4}};
+  const void* pointers[4] = {args.input, args.grad_output, args.offset_mask, args.grad_input};
+  CUtensorMap* all[4] = {&maps.input, &maps.grad_output, &maps.offset_mask, &maps.grad_input};
+  for (int i = 0; i < 4; ++i) {
+    const cudaError_t error = encode(all[i], kType, pointers[i], boxes[i]);
+    if (error != cudaSuccess) return error;
+  }
+  const auto kernel = tile_kernel<T, D, UNITS_X, UNITS_Y>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
+  if (error != cudaSuccess) return error;
+  const unsigned blocks = static_cast<unsigned>(count_blocks(p, {UNITS_X, UNITS_Y}));
+  kernel<<<blocks, Shape::kThreads, Shape::kShared, stream>>>(maps, tile);
+  return cudaGetLastError();
+}
+
+template <typename T, int D>
+cudaError_t launch_far(const BackwardArgs& args, const TileArgs& tile, Tile shape, cudaStream_t stream) {
+  const int64_t units = count_units(args.p, shape);
+  const FarArgs far{tile,         args.p, args.grad_output, args.input, args.offset_mask, args.grad_input, shape.units_x,
+                    shape.units_x * shape.units_y, units};
+  constexpr int64_t kMost = 132 * 8;  // more blocks than fit at once only wait
+  const int64_t wanted = (units + 4 * kFarWarps - 1) / (4 * kFarWarps);
+  far_kernel<T, D><<<static_cast<unsigned>(wanted < kMost ? wanted : kMost), 32 * kFarWarps, 0, stream>>>(far);
+  return cudaGetLastError();
+}
+
+template <typename T, int D>
+cudaError_t launch_both(const BackwardArgs& args, Tile shape, cudaStream_t stream) {
+  const TileArgs tile = tile_args(args, shape);
+  const cudaError_t error = shape.units_x == 1   ? launch_tile<T, D, 1, 2>(args, tile, stream)
+                            : shape.units_y == 2 ? launch_tile<T, D, 2, 2>(args, tile, stream)
+                                                 : launch_tile<T, D, 2, 4>(args, tile, stream);
+  if (error != cudaSuccess) return error;
+  return launch_far<T, D>(args, tile, shape, stream);
+}
+
+template <typename T>
+cudaError_t backward_typed(const BackwardArgs& args, Tile shape, cudaStream_t stream) {
+  switch (args.p.group_channels) {
+    case 16: return launch_both<T, 16>(args, shape, stream);
+    case 32: return launch_both<T, 32>(args, shape, stream);
+    default: return launch_both<T, 64>(args, shape, stream);
+  }
+}
+
+cudaError_t backward_fp16(const BackwardArgs& args, Tile shape, cudaStream_t stream);
+cudaError_t backward_bf16(const BackwardArgs& args, Tile shape, cudaStream_t stream);
+
+}  // namespace dcngen::backward
