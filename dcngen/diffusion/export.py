@@ -33,8 +33,9 @@ pipeline = DiffusionPipeline.from_pretrained("path/or/name", trust_remote_code=T
 images = pipeline(class_labels=[0, 1], seeds=[0, 1], num_inference_steps=50, guidance_scale=1.0).images
 ```
 
-Classes: {classes}. Needs torch and diffusers. Where dcngen is installed too, its compiled operator is used: the same
-pictures, faster.
+Classes: {classes}.
+
+Needs torch and diffusers. Where dcngen is installed too, its compiled operator is used: the same pictures, faster.
 """
 
 
@@ -62,6 +63,8 @@ def export_self_contained(pipeline: LatentDiffusionPipeline, folder: str | Path)
         if source is not None:
             (scratch / "unet" / f"{UNET_MODULE}.py").write_text(source, encoding="utf-8")
         _name_code(scratch / "model_index.json", custom_unet=source is not None)
+        for config in scratch.rglob("*.json"):
+            _forget_origin(config)
         (scratch / "README.md").write_text(_readme(pipeline, folder.name, source is not None), encoding="utf-8")
     return folder
 
@@ -86,6 +89,13 @@ def _name_code(model_index: Path, custom_unet: bool) -> None:
     if custom_unet:
         index["unet"] = [UNET_MODULE, "DCNUNet2DModel"]
     model_index.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _forget_origin(config: Path) -> None:
+    """Remove the path that a part was loaded from: it means nothing elsewhere, and tells about this machine."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if content.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _readme(pipeline: LatentDiffusionPipeline, title: str, custom_unet: bool) -> str:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import AutoencoderKL
 
 from dcngen.diffusion.pipeline import LatentDiffusionPipeline
 
@@ -34,6 +39,8 @@ def load_run(run: str | Path) -> LatentDiffusionPipeline:
 def load_model(name_or_path: str | Path) -> LatentDiffusionPipeline:
     """A saved pipeline by folder or hub id, on the CPU. Only safetensors weights are read.
 
+    A self-contained export is opened with this package's classes: the code that lies in it is not run.
+
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without a pipeline.
     """
@@ -43,7 +50,27 @@ def load_model(name_or_path: str | Path) -> LatentDiffusionPipeline:
         raise FileNotFoundError(f"{path} expected a model_index.json, found none{hint}")
     if not path.is_dir() and (path.is_absolute() or str(name_or_path).count("/") != 1):
         raise FileNotFoundError(f"--model expected a folder or a hub id (owner/name), got {name_or_path}")
+    index = LatentDiffusionPipeline.load_config(name_or_path)
+    if isinstance(index["_class_name"], list):
+        return _load_export(name_or_path, index)
     return LatentDiffusionPipeline.from_pretrained(name_or_path, use_safetensors=True)
+
+
+def _load_export(name_or_path: str | Path, index: dict[str, Any]) -> LatentDiffusionPipeline:
+    library, unet_class = index["unet"]
+    # Only here and in the export does this package ask for the models: elsewhere the U-Net is a callable.
+    classes = {
+        "unet": getattr(
+            importlib.import_module("diffusers" if library == "diffusers" else "dcngen.models"), unet_class
+        ),
+        "vae": AutoencoderKL,
+        "scheduler": getattr(diffusers, index["scheduler"][1]),
+    }
+    arguments = {"unet": {"use_safetensors": True}, "vae": {"use_safetensors": True}, "scheduler": {}}
+    parts = {
+        name: part.from_pretrained(name_or_path, subfolder=name, **arguments[name]) for name, part in classes.items()
+    }
+    return LatentDiffusionPipeline(**parts, class_names=index.get("class_names"))
 
 
 def parse_class_labels(names: Sequence[str] | None, pipeline: LatentDiffusionPipeline) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -196,6 +196,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         output_type: str = "pil",
         decode_batch_size: int = 16,
+        callback_on_step_end: Callable | None = None,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Generate images, all in one batch.
@@ -213,6 +214,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             output_type: "pil" images, "np" (N, H, W, 3) in [0, 1], "pt" (N, 3, H, W) in [0, 1], "uint8" (N, 3, H, W)
                 tensor by `IMAGE_RULE`, or "latent" (N, C, h, w) fp32 as the diffusion model sees them.
             decode_batch_size: images decoded at a time.
+            callback_on_step_end: f(pipeline, i, timestep, {"latents": ...}), called after model evaluation i; returns a
+                dictionary, in which other "latents" replace these.
             return_dict: an ImagePipelineOutput when True, a one-element tuple when False.
 
         Raises:
@@ -229,7 +232,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         noise = self._noise(labels, num_images_per_label, seeds, generator, latents)
         device = self._execution_device
         labels = labels.to(device) if labels is not None else self._null_labels(len(noise), device)
-        samples = self.denoise(noise.to(device), labels, num_inference_steps, guidance_scale)
+        samples = self.denoise(noise.to(device), labels, num_inference_steps, guidance_scale, callback_on_step_end)
         images = (
             samples if output_type == "latent" else self._output(self.decode(samples, decode_batch_size), output_type)
         )
@@ -238,7 +241,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def denoise(
-        self, noise: torch.Tensor, labels: torch.Tensor | None, num_inference_steps: int, guidance_scale: float
+        self,
+        noise: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
         """From unit-variance noise (N, C, H, W) to latents of the same shape; the solver's state is fp32 throughout."""
         scheduler = copy.deepcopy(self.scheduler)
@@ -251,6 +259,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             model_input = scheduler.scale_model_input(sample, timestep) if scales_input else sample
             prediction = self._predict(model_input, model_timesteps[i], labels, guidance_scale)
             sample = scheduler.step(prediction, timestep, sample, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                sample = callback_on_step_end(self, i, timestep, {"latents": sample}).get("latents", sample)
         return sample
 
     def _predict(

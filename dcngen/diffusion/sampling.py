@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import diffusers
@@ -41,8 +42,8 @@ def sample_images(
 ) -> Path:
     """Sample `plan` into `out_dir`: 000000.png, 000001.png, ..., grid.png, plan.json and, if asked, samples.npz.
 
-    The plan is cut into batches of fixed content (pictures 0 to B - 1, B to 2B - 1, ..., the last one padded) and each
-    process takes whole batches. So a picture is computed among the same neighbours whatever the number of processes,
+    The plan is cut into batches of fixed content (pictures 0 to B - 1, B to 2B - 1, ...) and each process takes whole
+    batches. So a picture is computed among the same neighbours whatever the number of processes,
     and comes out the same to the last bit (on a CPU thanks to `_generate`). Another batch size, device or library
     version changes last bits of the arithmetic, and with them a few grey levels by one.
     Called again after an interruption, it draws only what is missing.
@@ -115,20 +116,35 @@ def _draw_and_write(
     batch_size: int,
     progress: bool,
 ) -> None:
-    bar = tqdm(total=sum(map(len, batches)), unit="image", desc="sampling", disable=not progress, dynamic_ncols=True)
     pending: list[Future] = []
-    with bar, ThreadPoolExecutor(max_workers=4) as writers, _ready_to_sample(pipeline):
-        for batch, images in _generate(pipeline, plan, folder.labels, batches, batch_size):
+    with (
+        _progress_bar(sum(map(len, batches)), progress) as bar,
+        ThreadPoolExecutor(max_workers=4) as writers,
+        _ready_to_sample(pipeline),
+    ):
+        for batch, images in _generate(pipeline, plan, folder.labels, batches, batch_size, bar):
             for write in pending:  # one batch is being written while the next is drawn, never more
                 write.result()
             pending = folder.write(writers, batch, images)
-            bar.update(len(batch))
         for write in pending:
             write.result()
 
 
+def _progress_bar(num_images: int, progress: bool) -> tqdm:
+    """Pictures done, in fractions: a batch moves it with every step."""
+    layout = "{desc}: {percentage:3.0f}% |{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(
+        total=num_images, unit="image", desc="sampling", bar_format=layout, disable=not progress, dynamic_ncols=True
+    )
+
+
 def _generate(
-    pipeline: LatentDiffusionPipeline, plan: SamplePlan, labels: list[int] | None, batches: list[range], batch_size: int
+    pipeline: LatentDiffusionPipeline,
+    plan: SamplePlan,
+    labels: list[int] | None,
+    batches: list[range],
+    batch_size: int,
+    bar: tqdm,
 ) -> Iterator[tuple[range, torch.Tensor]]:
     """Yield (indices, (n, 3, H, W) uint8 images on the CPU) of each batch, in order.
 
@@ -137,9 +153,20 @@ def _generate(
     batches at once (which is also the faster way at these sizes).
     """
 
+    evaluations = model_evaluations(plan.sampler, plan.steps)
+    compiled = _is_compiled(pipeline.unet)
+    lock = Lock()
+
     def draw(batch: range) -> torch.Tensor:
-        padded = [*batch] + [batch[-1]] * (batch_size - len(batch))  # one shape throughout: compiled once
+        # A compiled model is compiled for one shape: the last batch is filled up with repeats.
+        padded = [*batch] + [batch[-1]] * (batch_size - len(batch) if compiled else 0)
         dtype = _AUTOCAST_DTYPES.get(plan.mixed_precision)
+
+        def advance(_pipeline, _step, _timestep, state):
+            with lock:
+                bar.update(len(batch) / evaluations)
+            return state
+
         with torch.autocast(pipeline.device.type, dtype, enabled=dtype is not None):
             images = pipeline(
                 class_labels=[labels[i] for i in padded] if labels is not None else None,
@@ -147,6 +174,7 @@ def _generate(
                 num_inference_steps=plan.steps,
                 guidance_scale=plan.guidance_scale,
                 output_type="uint8",
+                callback_on_step_end=advance,
             ).images
         return images[: len(batch)].cpu()
 
@@ -154,7 +182,7 @@ def _generate(
         yield from ((batch, draw(batch)) for batch in batches)
         return
     # Compiled code is traced, and guarded, in one thread.
-    streams = 1 if _is_compiled(pipeline.unet) else torch.get_num_threads()
+    streams = 1 if compiled else torch.get_num_threads()
     pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield from zip(batches, pool.map(draw, batches), strict=True)

@@ -11,6 +11,7 @@ import torch
 
 from dcngen.diffusion import LatentDiffusionPipeline, Objective, export_self_contained
 from dcngen.diffusion.export import main
+from dcngen.diffusion.loading import load_model
 
 STRANGER = """if True:
     import sys
@@ -55,6 +56,17 @@ def test_the_folder_names_its_code(dcn_pipeline, pipeline, tmp_path):
     export_self_contained(pipeline, tmp_path / "stock")
     assert json.loads((tmp_path / "stock" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
     assert "0 sea, 1 coast, 2 land" in (tmp_path / "stock" / "README.md").read_text()
+
+
+def test_we_open_an_export_without_running_its_code(dcn_pipeline, tmp_path):
+    dcn_pipeline.save_pretrained(tmp_path / "saved")
+    folder = export_self_contained(LatentDiffusionPipeline.from_pretrained(tmp_path / "saved"), tmp_path / "x")
+    assert not any("_name_or_path" in path.read_text() for path in folder.rglob("*.json"))
+    for code in folder.rglob("*.py"):
+        code.write_text("raise RuntimeError('ran')")
+    loaded = load_model(folder)
+    assert type(loaded.unet) is type(dcn_pipeline.unet)
+    assert torch.equal(latents_of(loaded), latents_of(dcn_pipeline))
 
 
 def test_the_command_exports_a_run_and_refuses_a_second_time(dcn_pipeline, tmp_path, capsys):

@@ -76,6 +76,19 @@ def test_the_call_leaves_the_registered_scheduler_alone(pipeline):
     assert torch.equal(latents_of(pipeline, [0], [0]), first)
 
 
+def test_callback_sees_every_step_and_may_replace_the_latents(pipeline):
+    seen = []
+
+    def watch(_pipeline, step, timestep, state):
+        seen.append((step, int(timestep), state["latents"].shape))
+        return {}
+
+    latents_of(pipeline, [0], [0], callback_on_step_end=watch)
+    assert seen == [(i, t, (1, 4, 4, 4)) for i, t in enumerate([999, 749, 499, 249])]
+    replaced = latents_of(pipeline, [0], [0], callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 4, 4, 4)})
+    assert torch.equal(replaced, torch.zeros(1, 4, 4, 4))
+
+
 def test_output_types_show_one_picture(pipeline):
     def draw(output_type):
         return latents_of(pipeline, [0, 1], [0, 1], output_type=output_type)
