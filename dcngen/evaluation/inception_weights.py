@@ -85,7 +85,7 @@ def export_weights(target: Path, *, half: bool = False, source: str | Path | Non
     """Write the weights as one safetensors file, to carry to a machine without network.
 
     Args:
-        half: store convolution weights as float16 (47 MB instead of 87 MB). Features move by about 1e-3 relative and
+        half: store convolution weights as float16 (44 MB instead of 87 MB). Features move by about 1e-3 relative and
             the digest differs, so statistics of the two are never mixed.
     """
     tensors = find_weights(source).tensors
