@@ -134,7 +134,12 @@ def _progress_bar(num_images: int, progress: bool) -> tqdm:
     """Pictures done, in fractions: a batch moves it with every step."""
     layout = "{desc}: {percentage:3.0f}% |{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
     return tqdm(
-        total=num_images, unit="image", desc="sampling", bar_format=layout, disable=not progress, dynamic_ncols=True
+        total=num_images,
+        unit="image",
+        desc="sampling",
+        bar_format=layout,
+        disable=not progress or not num_images,
+        dynamic_ncols=True,
     )
 
 
