@@ -6,23 +6,25 @@ namespace {
 
 bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// How many blocks a launch needs at most (8x8 tiles).
+// How many blocks a launch needs at most: tiles of 8x8 pixels x 32 channels.
 int64_t most_blocks(const Params& p) {
   const int64_t tiles = ((p.height_out + 7) / 8) * ((p.width_out + 7) / 8);
-  return p.batch * tiles * ((int64_t{p.groups} * p.group_channels + 63) / 64);
+  return p.batch * tiles * ((int64_t{p.groups} * p.group_channels + 31) / 32);
 }
 
 }  // namespace
 
 bool forward_window_applies(const Params& p) {
-  const bool half = p.dtype == DCNGEN_FLOAT16 || p.dtype == DCNGEN_BFLOAT16;
   const bool plain_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
                          p.dilation_h == 1 && p.dilation_w == 1 && !p.remove_center && !p.softmax;
   // 16-byte accesses; all groups' offsets and masks lie in whole 16-byte pieces of a pixel.
-  const bool vectors = p.group_channels % 8 == 0 && p.input_pixel_stride % 8 == 0 &&
-                       p.offset_mask_pixel_stride % 8 == 0 && p.output_pixel_stride % 8 == 0 &&
-                       p.offset_mask_channels % 8 == 0 && p.offset_mask_channels >= window::kGroupValues * p.groups;
-  return half && plain_3x3 && vectors && most_blocks(p) < int64_t{1} << 31;
+  const int values = p.dtype == DCNGEN_FLOAT32 ? 4 : 8;
+  const bool vectors = p.group_channels % 8 == 0 && p.input_pixel_stride % values == 0 &&
+                       p.offset_mask_pixel_stride % values == 0 && p.output_pixel_stride % values == 0 &&
+                       p.offset_mask_channels % values == 0 && p.offset_mask_channels >= window::kGroupValues * p.groups;
+  // Far samples address an image in 30 bits of 16 bytes.
+  const bool addressable = p.height_in * p.width_in * (p.input_pixel_stride / 8) < int64_t{1} << 30;
+  return plain_3x3 && vectors && addressable && most_blocks(p) < int64_t{1} << 31;
 }
 
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream) {
@@ -30,6 +32,7 @@ cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream) {
   if (!aligned16(args.input) || !aligned16(args.offset_mask) || !aligned16(args.output)) {
     return forward_plain(args, stream);
   }
+  if (args.p.dtype == DCNGEN_FLOAT32) return window::forward_window_fp32(args, stream);
   return args.p.dtype == DCNGEN_FLOAT16 ? window::forward_window_typed<__half>(args, stream)
                                         : window::forward_window_typed<__nv_bfloat16>(args, stream);
 }

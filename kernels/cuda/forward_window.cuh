@@ -6,9 +6,9 @@
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
 
 #include "forward_bulk.cuh"
+#include "forward_far.cuh"
 #include "window.cuh"
 
 namespace dcngen::window {
@@ -28,11 +28,11 @@ struct ForwardWindow {
 };
 
 // BULK: tiles come by the copy engine of sm_90, else by the threads.
-template <int CHANNELS_, int TILE_W_, bool BULK_>
+template <int CHANNELS_, bool BULK_>
 struct ForwardShape {
   static constexpr bool BULK = BULK_;
   static constexpr int CHANNELS = CHANNELS_;                    // channels of a slice
-  static constexpr int TILE_H = 8, TILE_W = TILE_W_;            // output pixels of a block
+  static constexpr int TILE_H = 8, TILE_W = 8;           // output pixels of a block
   static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
   static constexpr int PIXEL_BLOCKS = TILE_H / 4 * BLOCKS_X;
   static constexpr int SLICES = kTileChannels / CHANNELS;       // slices of a block
@@ -54,8 +54,9 @@ struct ForwardShape {
   static constexpr int BARRIERS_AT = Tile::BYTES + WARPS * WARP_BYTES;  // one of the input tile, one of each warp
   static constexpr int BYTES = BARRIERS_AT + (WARPS + 1) * 8;
   static_assert(TAPS_BYTES % 128 == 0 && WARP_BYTES % 128 == 0, "the copy engine writes to multiples of 128 bytes");
-  // Blocks a multiprocessor should hold: what shared memory allows, but at least 80 registers a thread.
-  static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (80 * THREADS);
+  // Blocks a multiprocessor should hold: what shared memory allows, but with registers enough that nothing spills.
+  static constexpr int REGISTERS = WARP_TASKS > 1 ? 96 : 80;
+  static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (REGISTERS * THREADS);
   static constexpr int MIN_BLOCKS = BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
 
   static __device__ __forceinline__ int block_y(int block) { return block / BLOCKS_X * 4; }
@@ -64,8 +65,10 @@ struct ForwardShape {
   static constexpr int PASS_CHANNELS = CHANNELS < 32 ? CHANNELS : 32;  // channels of one pass of products
   static constexpr int PASSES = CHANNELS / PASS_CHANNELS;
   static constexpr int PASS_CHUNKS = PASS_CHANNELS / 8;
-  static constexpr int OUTPUT_PITCH = PASS_CHUNKS * 16 + 16;  // of the staged result, inside S of the unit
-  static_assert(16 * OUTPUT_PITCH <= StencilMatrix::BYTES, "the result is staged where S was");
+  // The result is staged where the unit's S was: rows of PASS_CHUNKS chunks, permuted against bank conflicts.
+  static __device__ __forceinline__ int staged_at(int m, int chunk) {
+    return (m * PASS_CHUNKS + (chunk ^ (m * PASS_CHUNKS / 8 % PASS_CHUNKS))) * 16;
+  }
 };
 
 // Where a thread's block lies, and a pixel of it in the output.
@@ -117,65 +120,37 @@ __device__ __forceinline__ void multiply(float (&sums)[CHUNKS][4], const uint32_
   }
 }
 
-// Adds the far taps of one pixel to its sums: this lane's two channels of every chunk. HALF picks the sums of row
-// lane / 4 (0) or lane / 4 + 8 (1). `taps` is the (pixel, group)'s offset_mask in global memory.
-template <typename T, int CHUNKS, int HALF>
-__device__ __forceinline__ void add_far_taps(float (&sums)[CHUNKS][4], unsigned far, const ForwardWindow& p,
-                                             const T* taps, const T* image, int oy, int ox) {
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(taps);
-  for (; far; far &= far - 1) {
-    const int k = __ffs(far) - 1;
-    const uint32_t word = bits[2 * k] | static_cast<uint32_t>(bits[2 * k + 1]) << 16;
-    const float mask = Dtype<T>::low(bits[2 * kTaps + k]);
-    const float x = static_cast<float>(ox + 1 - p.pad_w) +
-                    p.scale.scale * (static_cast<float>(k / 3 - 1) + Dtype<T>::low(word));
-    const float y = static_cast<float>(oy + 1 - p.pad_h) +
-                    p.scale.scale * (static_cast<float>(k % 3 - 1) + Dtype<T>::high(word));
-    if (!(x > -1.f && y > -1.f && x < static_cast<float>(p.width_in) && y < static_cast<float>(p.height_in))) continue;
-    const float floor_x = floorf(x), floor_y = floorf(y);
-    const float lx = x - floor_x, ly = y - floor_y;
-    const int x0 = static_cast<int>(floor_x), y0 = static_cast<int>(floor_y);
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      const int cx = x0 + (corner & 1), cy = y0 + (corner >> 1);
-      if (cx < 0 || cy < 0 || cx >= p.width_in || cy >= p.height_in) continue;
-      const float weight = mask * (corner & 1 ? lx : 1.f - lx) * (corner >> 1 ? ly : 1.f - ly);
-      const T* from = image + static_cast<int64_t>(cy * p.width_in + cx) * p.input_stride;
-#pragma unroll
-      for (int j = 0; j < CHUNKS; ++j) {
-        const uint32_t value = *reinterpret_cast<const uint32_t*>(from + 8 * j);
-        sums[j][2 * HALF] = fmaf(weight, Dtype<T>::low(value), sums[j][2 * HALF]);
-        sums[j][2 * HALF + 1] = fmaf(weight, Dtype<T>::high(value), sums[j][2 * HALF + 1]);
-      }
-    }
-  }
-}
-
 // Rounds the sums of 16 pixels and writes them as 16-byte pieces, turned through shared memory (`staging`).
 template <typename Shape, typename T, typename PixelAt>
 __device__ __forceinline__ void store_result(const float (&sums)[Shape::PASS_CHUNKS][4], uint32_t staging, T* output,
                                              int64_t output_stride, int lane, PixelAt pixel_at) {
-  constexpr int CHUNKS = Shape::PASS_CHUNKS, PITCH = Shape::OUTPUT_PITCH;
-  const uint32_t to = staging + (lane >> 2) * PITCH + (lane & 3) * 4;
+  constexpr int CHUNKS = Shape::PASS_CHUNKS;
+  constexpr int MATRICES = CHUNKS < 4 ? 2 * CHUNKS : 4, COLUMNS = MATRICES / 2;  // of one store: 16 pixels x COLUMNS
+  const int row = lane & 15, column = lane >> 4;
 #pragma unroll
-  for (int j = 0; j < CHUNKS; ++j) {
-    store_shared(to + j * 16, Dtype<T>::pack(sums[j][0], sums[j][1]));
-    store_shared(to + j * 16 + 8 * PITCH, Dtype<T>::pack(sums[j][2], sums[j][3]));
+  for (int j = 0; j < CHUNKS; j += COLUMNS) {
+    uint32_t r[MATRICES];
+#pragma unroll
+    for (int i = 0; i < MATRICES; ++i) {
+      const float* pair = sums[j + i / 2] + i % 2 * 2;
+      r[i] = Dtype<T>::pack(pair[0], pair[1]);
+    }
+    store_matrices(staging + Shape::staged_at(row, j + (COLUMNS == 2 ? column : 0)), r);
   }
   __syncwarp();
 #pragma unroll
   for (int item = lane; item < 16 * CHUNKS; item += 32) {
     const int m = item / CHUNKS, chunk = item % CHUNKS, pixel = pixel_at(m);
-    const uint4 value = load_shared16(staging + m * PITCH + chunk * 16);
+    const uint4 value = load_shared16(staging + Shape::staged_at(m, chunk));
     if (pixel >= 0) store_global16(output + pixel * output_stride + chunk * 8, value);
   }
   __syncwarp();
 }
 
 // Begins the copies of the input tile (by the whole block) and of the warp's offsets and masks.
-template <typename T, typename Shape>
+template <typename T, typename Shape, typename Image, typename ImageTaps>
 __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const OutputTile& at, uint32_t tile, uint32_t own,
-                                             int thread, const T* image, const T* image_taps, int first_block,
+                                             int thread, Image image, ImageTaps image_taps, int first_block,
                                              int first_value) {
   using Tile = typename Shape::Tile;
   const int lane = thread & 31, x0 = at.x0 - p.pad_w - 1, y0 = at.y0 - p.pad_h - 1;
@@ -198,14 +173,14 @@ __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const Outpu
     }
     __syncthreads();
   } else {
-    copy_offset_mask<Shape::WARP_SLICES, 32>(
-        own, reinterpret_cast<const char*>(image_taps), p.offset_mask_stride * 2, first_value * 2, p.offset_mask_bytes,
+    copy_offset_mask<typename Shape::Span, 32>(
+        own, reinterpret_cast<const char*>(image_taps()), p.offset_mask_stride * 2, first_value * 2, p.offset_mask_bytes,
         Shape::WARP_PIXEL_BLOCKS * 16, lane, [&](int q) {
           const int block = first_block + (q >> 4);
           return at.pixel(p, Shape::block_y(block) + ((q >> 2) & 3), Shape::block_x(block) + (q & 3));
         });
     copy_commit();
-    Tile::template copy<Shape::THREADS>(tile, image, p.height_in, p.width_in, p.input_stride, y0, x0,
+    Tile::template copy<Shape::THREADS>(tile, image(), p.height_in, p.width_in, p.input_stride, y0, x0,
                                         at.chunk * kTileChannels, p.channels, thread);
     copy_commit();
   }
@@ -237,10 +212,13 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   const uint32_t tile = smem_address(shared_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
   const OutputTile at = locate_tile<Shape>(p);
 
-  const T* image = static_cast<const T*>(p.input) + int64_t{at.image} * p.height_in * p.width_in * p.input_stride;
-  const int64_t first_output = int64_t{at.image} * p.height_out * p.width_out;
-  const T* image_taps = static_cast<const T*>(p.offset_mask) + first_output * p.offset_mask_stride;
-  T* output = static_cast<T*>(p.output) + first_output * p.output_stride;
+  // Computed where needed: only copies by threads and far samples use them.
+  auto image = [&] {
+    return static_cast<const T*>(p.input) + int64_t{at.image} * p.height_in * p.width_in * p.input_stride;
+  };
+  auto first_output = [&] { return int64_t{at.image} * p.height_out * p.width_out; };
+  auto image_taps = [&] { return static_cast<const T*>(p.offset_mask) + first_output() * p.offset_mask_stride; };
+  T* output = static_cast<T*>(p.output) + first_output() * p.output_stride;
 
   // The warp's pixel blocks and slices.
   const int first_block = warp / Shape::WARPS_PER_PIXEL_BLOCK * Shape::WARP_PIXEL_BLOCKS;
@@ -268,15 +246,17 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
 
 #pragma unroll
   for (int task = 0; task < Shape::WARP_TASKS; ++task) {
+    const Taps& taps = all_taps[task];
     unsigned far = 0;
     {
-      Taps& taps = all_taps[task];
-      if (__any_sync(kAllLanes, may_be_far<T>(taps, p.scale))) {
-        far = take_far_taps<T>(taps, p.scale);
-        if (lane_slice(task) >= p.slices || pixel_of(lane_block, m) < 0) far = 0;
-      }
       float stencil[5][5];
-      stencil_weights<T>(stencil, taps, p.scale);
+      if (__any_sync(kAllLanes, may_be_far<T>(taps, p.scale))) {
+        far = far_taps<T>(taps, p.scale);
+        stencil_weights<T, true>(stencil, taps, p.scale, far);
+        if (lane_slice(task) >= p.slices || pixel_of(lane_block, m) < 0) far = 0;
+      } else {
+        stencil_weights<T>(stencil, taps, p.scale);
+      }
       StencilMatrix::store_row<T>(own + unit_of_lane * StencilMatrix::BYTES, m, stencil);
     }
     if (task == 0) wait_for_input<Shape>(tile);
@@ -296,23 +276,17 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
       const int chunk = (tile_slice + slice_in_warp) * (Shape::CHANNELS / 8);
 #pragma unroll
       for (int pass = 0; pass < Shape::PASSES; ++pass) {
-        float sums[Shape::PASS_CHUNKS][4] = {};
-        multiply<Tile, T>(sums, a, tile, Shape::block_y(block), Shape::block_x(block), chunk + pass * Shape::PASS_CHUNKS, lane);
         const int first_channel = slice * Shape::CHANNELS + pass * Shape::PASS_CHANNELS;
+        float sums[Shape::PASS_CHUNKS][4] = {};
         if (any_far) {
-          const int row = lane >> 2;
-          const unsigned far_0 = __shfl_sync(kAllLanes, far, unit * 16 + row);
-          const unsigned far_1 = __shfl_sync(kAllLanes, far, unit * 16 + row + 8);
-          const T* group_taps =
-              image_taps + static_cast<int>(p.slices_per_group.divide(slice)) * kGroupValues;
-          const T* from = image + first_channel + (lane & 3) * 2;
-          const int oy = at.y0 + Shape::block_y(block) + (row >> 2), ox = at.x0 + Shape::block_x(block) + (row & 3);
-          const int64_t pixel = oy * p.width_out + ox;
-          add_far_taps<T, Shape::PASS_CHUNKS, 0>(sums, far_0, p, group_taps + pixel * p.offset_mask_stride, from, oy,
-                                                 ox);
-          add_far_taps<T, Shape::PASS_CHUNKS, 1>(
-              sums, far_1, p, group_taps + (pixel + 2 * p.width_out) * p.offset_mask_stride, from, oy + 2, ox);
+          const int group = static_cast<int>(p.slices_per_group.divide(slice));
+          const FarContext context{p.height_in,    p.width_in,         p.width_out,  p.pad_h, p.pad_w,
+                                   p.input_stride, p.offset_mask_stride, p.scale.scale};
+          add_far_taps<T>(sums, context, far, unit, at.y0 + Shape::block_y(block), at.x0 + Shape::block_x(block),
+                          image_taps() + group * kGroupValues, image() + first_channel, matrix, lane);
         }
+        multiply<Tile, T>(sums, a, tile, Shape::block_y(block), Shape::block_x(block),
+                          chunk + pass * Shape::PASS_CHUNKS, lane);
         store_result<Shape, T>(sums, matrix, output + first_channel, p.output_stride, lane,
                                [&](int pixel) { return pixel_of(block, pixel); });
       }
@@ -342,7 +316,7 @@ inline bool bulk_copies() {
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (device < kDevices && known[device] != 0) return known[device] == 2;
   cudaFuncAttributes attributes;
-  const bool yes = cudaFuncGetAttributes(&attributes, forward_window_kernel<__half, ForwardShape<64, 16, true>>) ==
+  const bool yes = cudaFuncGetAttributes(&attributes, forward_window_kernel<__half, ForwardShape<64, true>>) ==
                        cudaSuccess && attributes.ptxVersion >= 90;
   if (device < kDevices) known[device] = yes ? 2 : 1;
   return yes;
@@ -400,30 +374,15 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The rule of choice: slices as wide as D allows; tiles 16 wide, except 8 wide on narrow maps and for narrow groups,
-// whose many stencils would otherwise leave a multiprocessor too few blocks.
+// The rule of choice: slices as wide as D allows. Tiles are 8x8 for every map: tiles of 8x16 move fewer bytes but were
+// never faster.
 template <typename T, bool BULK>
 cudaError_t launch_chosen(const ForwardArgs& args, cudaStream_t stream) {
   const int channels = args.p.group_channels;
-#ifdef DCNGEN_DEV
-  const char* dev = getenv("TW");
-  const bool narrow = dev ? atoi(dev) == 8 : args.p.width_out <= 8;
-#else
-  const bool narrow = args.p.width_out <= 8;
-#endif
-  if (channels % 64 == 0) {
-    return narrow ? launch_forward<T, ForwardShape<64, 8, BULK>>(args, stream)
-                  : launch_forward<T, ForwardShape<64, 16, BULK>>(args, stream);
-  }
-  if (channels % 32 == 0) {
-    return narrow ? launch_forward<T, ForwardShape<32, 8, BULK>>(args, stream)
-                  : launch_forward<T, ForwardShape<32, 16, BULK>>(args, stream);
-  }
-  if (channels % 16 == 0) {
-    return narrow ? launch_forward<T, ForwardShape<16, 8, BULK>>(args, stream)
-                  : launch_forward<T, ForwardShape<16, 16, BULK>>(args, stream);
-  }
-  return launch_forward<T, ForwardShape<8, 8, BULK>>(args, stream);
+  if (channels % 64 == 0) return launch_forward<T, ForwardShape<64, BULK>>(args, stream);
+  if (channels % 32 == 0) return launch_forward<T, ForwardShape<32, BULK>>(args, stream);
+  if (channels % 16 == 0) return launch_forward<T, ForwardShape<16, BULK>>(args, stream);
+  return launch_forward<T, ForwardShape<8, BULK>>(args, stream);
 }
 
 template <typename T>
@@ -434,5 +393,6 @@ cudaError_t forward_window_typed(const ForwardArgs& args, cudaStream_t stream) {
 // Instantiated in one file a dtype, so that they compile side by side.
 extern template cudaError_t forward_window_typed<__half>(const ForwardArgs&, cudaStream_t);
 extern template cudaError_t forward_window_typed<__nv_bfloat16>(const ForwardArgs&, cudaStream_t);
+cudaError_t forward_window_fp32(const ForwardArgs& args, cudaStream_t stream);  // forward_window_fp32.cu
 
 }  // namespace dcngen::window

@@ -117,6 +117,22 @@ __device__ __forceinline__ void store_global16(void* to, uint4 v) {
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
+__device__ __forceinline__ float2 load_shared8f(uint32_t from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_shared16f(uint32_t from) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared16f(uint32_t to, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 __device__ __forceinline__ void store_shared16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -133,6 +149,28 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row)
                : "memory");
+}
+
+// The other way for MATRICES = 1, 2 or 4 of them: register i of the fragments goes to matrix i.
+template <int MATRICES>
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)[MATRICES]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (MATRICES == 4) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+  } else if constexpr (MATRICES == 2) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(r[0]), "r"(r[1]) : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(row), "r"(r[0]) : "memory");
+  }
+#else
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < MATRICES; ++i) {  // the row that this lane's register belongs to is known by another lane
+    store_shared(__shfl_sync(kAllLanes, row, i * 8 + lane / 4) + (lane & 3) * 4, r[i]);
+  }
+#endif
 }
 
 // ------------------------------------------------------------------------------------------------------ fast division
@@ -162,7 +200,7 @@ struct FastDivide {
 
 // ---------------------------------------------------------------------------------------- pixel tiles in shared memory
 
-// A tile of ROWS x COLUMNS pixels x 64 channels, 128 bytes a pixel. The 16-byte chunks of a pixel are permuted by its
+// A tile of ROWS x COLUMNS pixels, 128 bytes a pixel: 64 channels of 16 bits or 32 of fp32. The 16-byte chunks of a pixel are permuted by its
 // number in the tile so that eight neighbouring pixels of a row, read at one chunk (ldmatrix), lie in different banks;
 // this is the 128-byte swizzle of the bulk copy engine for a tile aligned to 1024 bytes.
 template <int ROWS_, int COLUMNS_>
@@ -175,18 +213,19 @@ struct PixelTile {
     return tile + pixel * kTilePixelBytes + ((chunk ^ (pixel & 7)) << 4);
   }
 
-  // Begins copying pixels (y0.., x0..) of an image, channels [first, first + 64) as far as they are < channels; zeros
+  // Begins copying pixels (y0.., x0..) of an image, channels from `first` on as far as they are < channels; zeros
   // elsewhere. `image` points to the image's first value; it, pixel_stride and `first` allow 16-byte accesses. The
   // tile is split over THREADS threads in whole warps; the caller commits and waits.
   template <int THREADS, typename T>
   static __device__ __forceinline__ void copy(uint32_t tile, const T* image, int height, int width,
                                               int64_t pixel_stride, int y0, int x0, int first, int channels,
                                               int thread) {
-    static_assert(COLUMNS % 4 == 0 && THREADS % 32 == 0 && sizeof(T) == 2, "a warp copies four pixels of a row");
+    static_assert(COLUMNS % 4 == 0 && THREADS % 32 == 0, "a warp copies four pixels of a row");
+    constexpr int VALUES = 16 / static_cast<int>(sizeof(T));  // of a chunk
     constexpr int QUADS = COLUMNS / 4, ITEMS = ROWS * QUADS, WARPS = THREADS / 32;
     const int lane = thread & 31, warp = thread >> 5, chunk = lane & 7, in_quad = lane >> 3;
-    const bool has_channels = first + chunk * 8 < channels;
-    const T* source = image + first + chunk * 8;
+    const bool has_channels = first + chunk * VALUES < channels;
+    const T* source = image + first + chunk * VALUES;
 #pragma unroll
     for (int step = 0; step < (ITEMS + WARPS - 1) / WARPS; ++step) {
       const int item = step * WARPS + warp;
@@ -205,20 +244,21 @@ struct PixelTile {
 
 // The bytes of an offset_mask pixel that hold groups [first_group, first_group + GROUPS), widened to 16-byte pieces.
 // PIECES is the most that any first_group needs, and odd so that pixels at this pitch spread over the banks.
-template <int GROUPS>
+template <int GROUPS, int VALUE_BYTES = 2>
 struct GroupSpan {
-  static constexpr int NEEDED = (GROUPS * kGroupValues * 2 + 14 + 15) / 16;
+  static constexpr int NEEDED = (GROUPS * kGroupValues * VALUE_BYTES + 31 - VALUE_BYTES) / 16;
   static constexpr int PITCH = (NEEDED | 1) * 16;  // bytes from pixel to pixel in shared memory
-  static __device__ __forceinline__ int first_byte(int first_group) { return (first_group * kGroupValues * 2) & ~15; }
+  static __device__ __forceinline__ int first_byte(int first_group) {
+    return (first_group * kGroupValues * VALUE_BYTES) & ~15;
+  }
 };
 
 // A lane's share of copying `count` pixels of offset_mask to shared memory, pixel q at `to + q * GroupSpan::PITCH`,
 // split over LANES threads. pixel_at(q) is q's pixel index in the image or negative (then zeros are written);
 // bytes from limit_bytes on (the end of a pixel's values, a multiple of 16) are zeros too.
-template <int GROUPS, int LANES, typename PixelAt>
+template <typename Span, int LANES, typename PixelAt>
 __device__ __forceinline__ void copy_offset_mask(uint32_t to, const char* image, int64_t pixel_bytes, int first_byte,
                                                  int limit_bytes, int count, int lane, PixelAt pixel_at) {
-  using Span = GroupSpan<GROUPS>;
   constexpr int LANES_PER_PIXEL = Span::NEEDED <= 4 ? 4 : Span::NEEDED <= 8 ? 8 : 16;
   const int piece = lane % LANES_PER_PIXEL;
 #pragma unroll
@@ -279,20 +319,15 @@ __device__ __forceinline__ bool may_be_far(const Taps& taps, const OffsetScale& 
   return !(Dtype<T>::low(top) <= scale.near_bound && Dtype<T>::high(top) <= scale.near_bound);
 }
 
-// Returns a bit for every tap that is not near and takes it out of `taps` (mask and offset 0; its displacement may
-// then still be beyond 1 if scale != 1, which a zero mask makes harmless).
+// A bit for every tap that is not near.
 template <typename T>
-__device__ __forceinline__ unsigned take_far_taps(Taps& taps, const OffsetScale& scale) {
+__device__ __forceinline__ unsigned far_taps(const Taps& taps, const OffsetScale& scale) {
   unsigned far = 0;
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     const float dx = scale.displacement(Dtype<T>::low(taps.word[k]), k / 3 - 1);
     const float dy = scale.displacement(Dtype<T>::high(taps.word[k]), k % 3 - 1);
-    if (!(fabsf(dx) <= 1.f && fabsf(dy) <= 1.f)) {
-      far |= 1u << k;
-      taps.word[k] = 0;
-      taps.word[kTaps + k / 2] &= k % 2 ? 0x0000ffffu : 0xffff0000u;
-    }
+    if (!(fabsf(dx) <= 1.f && fabsf(dy) <= 1.f)) far |= 1u << k;
   }
   return far;
 }
@@ -306,29 +341,41 @@ __device__ __forceinline__ void hat_weights(float (&w)[3], float displacement) {
   w[2] = __saturatef(displacement);
 }
 
-// The 5x5 stencil [y][x] of one (pixel, group) whose taps are all near.
-template <typename T>
-__device__ __forceinline__ void stencil_weights(float (&stencil)[5][5], const Taps& taps, const OffsetScale& scale) {
+// Adds tap (i, j), i over width, with displacements (dx, dy) from its anchor to a stencil.
+__device__ __forceinline__ void add_tap(float (&stencil)[5][5], int i, int j, float dx, float dy, float mask) {
+  float wx[3], wy[3];
+  hat_weights(wx, dx);
+  hat_weights(wy, dy);
+#pragma unroll
+  for (int a = 0; a < 3; ++a) {
+    const float row = mask * wy[a];
+#pragma unroll
+    for (int b = 0; b < 3; ++b) stencil[j + a][i + b] = fmaf(row, wx[b], stencil[j + a][i + b]);
+  }
+}
+__device__ __forceinline__ void clear_stencil(float (&stencil)[5][5]) {
 #pragma unroll
   for (int y = 0; y < 5; ++y) {
 #pragma unroll
     for (int x = 0; x < 5; ++x) stencil[y][x] = 0.f;
   }
+}
+
+// The 5x5 stencil [y][x] of one (pixel, group); with SOME_FAR the taps whose bit is set in `far` count as masked.
+template <typename T, bool SOME_FAR = false>
+__device__ __forceinline__ void stencil_weights(float (&stencil)[5][5], const Taps& taps, const OffsetScale& scale,
+                                                unsigned far = 0) {
+  clear_stencil(stencil);
 #pragma unroll
   for (int i = 0; i < 3; ++i) {  // width, outer in the tap order
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
       const int k = i * 3 + j;
-      const float mask = taps.mask<T>(k);
-      float wx[3], wy[3];
-      hat_weights(wx, scale.displacement(Dtype<T>::low(taps.word[k]), i - 1));
-      hat_weights(wy, scale.displacement(Dtype<T>::high(taps.word[k]), j - 1));
-#pragma unroll
-      for (int a = 0; a < 3; ++a) {
-        const float row = mask * wy[a];
-#pragma unroll
-        for (int b = 0; b < 3; ++b) stencil[j + a][i + b] = fmaf(row, wx[b], stencil[j + a][i + b]);
-      }
+      // Selected, not multiplied away: a far offset or its mask may be NaN.
+      const bool leave_out = SOME_FAR && (far >> k & 1);
+      const uint32_t offset = leave_out ? 0 : taps.word[k];
+      add_tap(stencil, i, j, scale.displacement(Dtype<T>::low(offset), i - 1),
+              scale.displacement(Dtype<T>::high(offset), j - 1), leave_out ? 0.f : taps.mask<T>(k));
     }
   }
 }

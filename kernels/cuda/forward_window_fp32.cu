@@ -1,0 +1,213 @@
+// The window forward for fp32: the same stencils as for 16-bit values (window.cuh), applied by fp32 multiply-adds, since
+// the tensor cores round fp32 operands to ten bits.
+//
+// A block computes 8x8 output pixels x 32 channels. First a thread a (pixel, group) turns offsets and masks into a
+// stencil in shared memory; then every thread computes four neighbouring pixels x four channels from an input window of
+// 5 x 8 pixels, and adds the far samples by a gather.
+#include "window.cuh"
+
+namespace dcngen::window {
+namespace {
+
+constexpr int kTile = 8, kPixels = kTile * kTile, kQuads = kPixels / 4, kChannels = 32, kThreads = 128;
+constexpr int kQuadStencilBytes = 25 * 16;  // of four neighbouring pixels: weight k of pixel i is word 4 * k + i
+
+struct Problem {
+  const float* input;
+  const float* offset_mask;
+  float* output;
+  int64_t input_stride, offset_mask_stride, output_stride;  // values from pixel to pixel
+  int height_in, width_in, height_out, width_out, pad_h, pad_w;
+  int slices, channels, offset_mask_bytes;
+  OffsetScale scale;
+  FastDivide slices_per_group, chunks, tiles_x, tiles_y;
+};
+
+// A slice is CHANNELS consecutive channels of one group; a block computes SLICES of them.
+template <int CHANNELS_>
+struct Shape {
+  static constexpr int CHANNELS = CHANNELS_, SLICES = kChannels / CHANNELS;
+  using Tile = PixelTile<kTile + 4, kTile + 4>;
+  using Span = GroupSpan<SLICES, 4>;
+  static constexpr int TAPS_AT = Tile::BYTES, STENCILS_AT = TAPS_AT + kPixels * Span::PITCH;
+  static constexpr int FAR_AT = STENCILS_AT + SLICES * kQuads * kQuadStencilBytes;
+  static constexpr int BYTES = FAR_AT + SLICES * kPixels * 4;
+  static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), MIN_BLOCKS = BY_MEMORY < 6 ? BY_MEMORY : 6;
+};
+
+// Stencil and far bits of one (pixel, group) from its 27 values at `values`; `stencil_at` is the pixel's first weight.
+__device__ __forceinline__ unsigned make_stencil(uint32_t values, uint32_t stencil_at, const OffsetScale& scale) {
+  float stencil[5][5];
+  clear_stencil(stencil);
+  unsigned far = 0;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      const int k = i * 3 + j;
+      const float dx = scale.displacement(__uint_as_float(load_shared(values + 8 * k)), i - 1);
+      const float dy = scale.displacement(__uint_as_float(load_shared(values + 8 * k + 4)), j - 1);
+      const float mask = __uint_as_float(load_shared(values + 8 * kTaps + 4 * k));
+      const bool near = fabsf(dx) <= 1.f && fabsf(dy) <= 1.f;
+      far |= near ? 0 : 1u << k;
+      add_tap(stencil, i, j, near ? dx : 0.f, near ? dy : 0.f, near ? mask : 0.f);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 25; ++k) store_shared(stencil_at + k * 16, __float_as_uint(stencil[k / 5][k % 5]));
+  return far;
+}
+
+// sum += the far taps of output pixel (oy, ox); `values` are its group's offsets, `image` the first of four channels.
+__device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Problem& p, const float* values,
+                                        const float* image, int oy, int ox) {
+#pragma unroll 1
+  for (; far; far &= far - 1) {
+    const int k = __ffs(far) - 1;
+    const float mask = values[2 * kTaps + k];
+    const float x = static_cast<float>(ox + 1 - p.pad_w) + p.scale.scale * (static_cast<float>(k / 3 - 1) + values[2 * k]);
+    const float y =
+        static_cast<float>(oy + 1 - p.pad_h) + p.scale.scale * (static_cast<float>(k % 3 - 1) + values[2 * k + 1]);
+    if (!(x > -1.f && y > -1.f && x < static_cast<float>(p.width_in) && y < static_cast<float>(p.height_in))) continue;
+    const float lx = x - floorf(x), ly = y - floorf(y);
+    const int x0 = static_cast<int>(floorf(x)), y0 = static_cast<int>(floorf(y));
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const int cx = x0 + (corner & 1), cy = y0 + (corner >> 1);
+      if (cx < 0 || cy < 0 || cx >= p.width_in || cy >= p.height_in) continue;
+      const float weight = mask * (corner & 1 ? lx : 1.f - lx) * (corner >> 1 ? ly : 1.f - ly);
+      const float4 v =
+          __ldg(reinterpret_cast<const float4*>(image + static_cast<int64_t>(cy * p.width_in + cx) * p.input_stride));
+      sum[0] = fmaf(weight, v.x, sum[0]), sum[1] = fmaf(weight, v.y, sum[1]);
+      sum[2] = fmaf(weight, v.z, sum[2]), sum[3] = fmaf(weight, v.w, sum[3]);
+    }
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(const __grid_constant__ Problem p) {
+  extern __shared__ __align__(128) unsigned char shared_memory[];
+  using Tile = typename S::Tile;
+  const uint32_t tile = smem_address(shared_memory);
+  const int thread = static_cast<int>(threadIdx.x);
+  uint32_t rest = blockIdx.x;
+  const int chunk = static_cast<int>(p.chunks.split(rest));
+  const int x0 = static_cast<int>(p.tiles_x.split(rest)) * kTile, y0 = static_cast<int>(p.tiles_y.split(rest)) * kTile;
+  const float* image = p.input + int64_t{rest} * p.height_in * p.width_in * p.input_stride;
+  const int64_t first_output = int64_t{rest} * p.height_out * p.width_out;
+  const float* image_taps = p.offset_mask + first_output * p.offset_mask_stride;
+
+  const int first_slice = chunk * S::SLICES;
+  const int first_byte = S::Span::first_byte(static_cast<int>(p.slices_per_group.divide(first_slice)));
+  copy_offset_mask<typename S::Span, kThreads>(
+      tile + S::TAPS_AT, reinterpret_cast<const char*>(image_taps), p.offset_mask_stride * 4, first_byte,
+      p.offset_mask_bytes, kPixels, thread, [&](int q) {
+        const int y = y0 + q / kTile, x = x0 + q % kTile;
+        return y < p.height_out && x < p.width_out ? y * p.width_out + x : -1;
+      });
+  copy_commit();
+  Tile::template copy<kThreads>(tile, image, p.height_in, p.width_in, p.input_stride, y0 - p.pad_h - 1,
+                                x0 - p.pad_w - 1, chunk * kChannels, p.channels, thread);
+  copy_commit();
+  copy_wait<1>();
+  __syncthreads();
+
+#pragma unroll 1
+  for (int item = thread; item < S::SLICES * kPixels; item += kThreads) {
+    const int pixel = item % kPixels, slice = item / kPixels;
+    const int group = static_cast<int>(p.slices_per_group.divide(first_slice + slice));
+    const uint32_t values = tile + S::TAPS_AT + pixel * S::Span::PITCH + group * kGroupValues * 4 - first_byte;
+    const uint32_t stencil = tile + S::STENCILS_AT + (slice * kQuads + pixel / 4) * kQuadStencilBytes + pixel % 4 * 4;
+    store_shared(tile + S::FAR_AT + item * 4, make_stencil(values, stencil, p.scale));
+  }
+  copy_wait<0>();
+  __syncthreads();
+
+  // Four pixels of a row (a quad) x four channels.
+  const int vector = thread % 8, quad = thread / 8, row = quad / 2, column = quad % 2 * 4;
+  const int slice = vector * 4 / S::CHANNELS;
+  const uint32_t stencil = tile + S::STENCILS_AT + (slice * kQuads + quad) * kQuadStencilBytes;
+  float sum[4][4] = {};
+#pragma unroll
+  for (int y = 0; y < 5; ++y) {
+    float4 window[8];
+#pragma unroll
+    for (int x = 0; x < 8; ++x) window[x] = load_shared16f(Tile::address(tile, row + y, column + x, vector));
+#pragma unroll
+    for (int x = 0; x < 5; ++x) {
+      const float4 weights = load_shared16f(stencil + (y * 5 + x) * 16);
+      const float of_pixel[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[i][0] = fmaf(of_pixel[i], window[x + i].x, sum[i][0]);
+        sum[i][1] = fmaf(of_pixel[i], window[x + i].y, sum[i][1]);
+        sum[i][2] = fmaf(of_pixel[i], window[x + i].z, sum[i][2]);
+        sum[i][3] = fmaf(of_pixel[i], window[x + i].w, sum[i][3]);
+      }
+    }
+  }
+
+  if (first_slice + slice >= p.slices) return;
+  const int channel = chunk * kChannels + vector * 4, oy = y0 + row;
+  const int group = static_cast<int>(p.slices_per_group.divide(first_slice + slice));
+  const uint4 far = load_shared16(tile + S::FAR_AT + (slice * kPixels + quad * 4) * 4);
+  const unsigned far_of[4] = {far.x, far.y, far.z, far.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int ox = x0 + column + i;
+    if (oy >= p.height_out || ox >= p.width_out) return;
+    const int64_t pixel = oy * p.width_out + ox;
+    if (far_of[i]) {
+      add_far(sum[i], far_of[i], p, image_taps + pixel * p.offset_mask_stride + group * kGroupValues, image + channel,
+              oy, ox);
+    }
+    *reinterpret_cast<float4*>(p.output + (first_output + pixel) * p.output_stride + channel) =
+        make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+  }
+}
+
+template <typename S>
+cudaError_t launch(const ForwardArgs& args, cudaStream_t stream) {
+  const Params& p = args.p;
+  Problem problem;
+  problem.input = static_cast<const float*>(args.input);
+  problem.offset_mask = static_cast<const float*>(args.offset_mask);
+  problem.output = static_cast<float*>(args.output);
+  problem.input_stride = p.input_pixel_stride;
+  problem.offset_mask_stride = p.offset_mask_pixel_stride;
+  problem.output_stride = p.output_pixel_stride;
+  problem.height_in = static_cast<int>(p.height_in);
+  problem.width_in = static_cast<int>(p.width_in);
+  problem.height_out = static_cast<int>(p.height_out);
+  problem.width_out = static_cast<int>(p.width_out);
+  problem.pad_h = p.pad_h;
+  problem.pad_w = p.pad_w;
+  problem.channels = p.groups * p.group_channels;
+  problem.slices = problem.channels / S::CHANNELS;
+  problem.offset_mask_bytes = p.offset_mask_channels * 4;
+  problem.scale = OffsetScale(p.offset_scale);
+  const int tiles_x = (problem.width_out + kTile - 1) / kTile, tiles_y = (problem.height_out + kTile - 1) / kTile;
+  const int chunks = (problem.channels + kChannels - 1) / kChannels;
+  problem.slices_per_group = FastDivide(p.group_channels / S::CHANNELS);
+  problem.chunks = FastDivide(chunks);
+  problem.tiles_x = FastDivide(tiles_x);
+  problem.tiles_y = FastDivide(tiles_y);
+  const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
+  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
+  const auto kernel = forward_fp32_kernel<S>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, S::BYTES, stream>>>(problem);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t forward_window_fp32(const ForwardArgs& args, cudaStream_t stream) {
+  const int channels = args.p.group_channels;
+  if (channels % 32 == 0) return launch<Shape<32>>(args, stream);
+  if (channels % 16 == 0) return launch<Shape<16>>(args, stream);
+  return launch<Shape<8>>(args, stream);
+}
+
+}  // namespace dcngen::window
