@@ -114,7 +114,7 @@ def _compiled_architectures() -> list[str] | None:
 
 
 def _fit(capability: str, compiled: list[str] | None) -> str:
-    """Whether the CUDA library holds code for a GPU: machine code of its generation, or virtual code of an older one."""
+    """Whether the CUDA library holds code for a GPU: its generation's machine code, or older virtual code."""
     if compiled is None:
         return ""
     for name in compiled:
@@ -146,4 +146,4 @@ def _evaluation() -> Iterator[Line]:
     try:
         yield "Inception", f"from the installed {HELPER} {importlib.metadata.version(HELPER)}"
     except importlib.metadata.PackageNotFoundError:
-        yield "Inception", f"neither in the cache nor from {HELPER}: evaluation downloads the weights when it needs them"
+        yield "Inception", f"neither in the cache nor from {HELPER}: evaluation downloads it when it is needed"

@@ -124,9 +124,12 @@ def check_tensors(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geom
     """Checks that the two tensors fit each other and the geometry; returns (H_out, W_out).
 
     Raises:
-        TypeError: dtypes that are not floating, or differ.
+        TypeError: not tensors, or dtypes that are not floating, or differ.
         ValueError: shapes or devices that do not fit.
     """
+    for name, tensor in (("input", input), ("offset_mask", offset_mask)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if input.dtype not in FLOATING_DTYPES:
         raise TypeError(f"input: expected a float32, float16, bfloat16 or float64 tensor, got {input.dtype}")
     if offset_mask.dtype != input.dtype:
