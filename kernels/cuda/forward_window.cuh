@@ -55,7 +55,7 @@ struct ForwardShape {
   static constexpr int BYTES = BARRIERS_AT + (WARPS + 1) * 8;
   static_assert(TAPS_BYTES % 128 == 0 && WARP_BYTES % 128 == 0, "the copy engine writes to multiples of 128 bytes");
   // Blocks a multiprocessor should hold: what shared memory allows, but with registers enough that nothing spills.
-  static constexpr int REGISTERS = WARP_TASKS > 1 ? 96 : 80;
+  static constexpr int REGISTERS = 96;
   static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (REGISTERS * THREADS);
   static constexpr int MIN_BLOCKS = BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
 
@@ -280,10 +280,12 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
         float sums[Shape::PASS_CHUNKS][4] = {};
         if (any_far) {
           const int group = static_cast<int>(p.slices_per_group.divide(slice));
-          const FarContext context{p.height_in,    p.width_in,         p.width_out,  p.pad_h, p.pad_w,
-                                   p.input_stride, p.offset_mask_stride, p.scale.scale};
-          add_far_taps<T>(sums, context, far, unit, at.y0 + Shape::block_y(block), at.x0 + Shape::block_x(block),
-                          image_taps() + group * kGroupValues, image() + first_channel, matrix, lane);
+          const FarContext context{p.height_in, p.width_in,           p.width_out,        p.pad_h,
+                                   p.pad_w,     at.y0 - p.pad_h - 1,  at.x0 - p.pad_w - 1, p.input_stride,
+                                   p.offset_mask_stride, p.scale.scale};
+          add_far_taps<T, Tile>(sums, context, far, unit, at.y0 + Shape::block_y(block), at.x0 + Shape::block_x(block),
+                                image_taps() + group * kGroupValues, image() + first_channel, tile,
+                                chunk + pass * Shape::PASS_CHUNKS, matrix, lane);
         }
         multiply<Tile, T>(sums, a, tile, Shape::block_y(block), Shape::block_x(block),
                           chunk + pass * Shape::PASS_CHUNKS, lane);
