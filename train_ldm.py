@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
+import torch
 from accelerate import Accelerator
 
 from dcngen import training
@@ -108,7 +109,7 @@ def build_state(
         num_classes=num_classes,
         num_train_timesteps=config.objective.num_train_timesteps,
         seed=config.seed,
-    ).to(accelerator.device)
+    ).to(accelerator.device, memory_format=torch.channels_last)
     return training.TrainState(
         unet=unet,
         ema=training.EMA(unet, config.ema.decay, config.ema.warmup),

@@ -103,6 +103,7 @@ class Trainer:
             unet.compile(dynamic=False, mode=options.compile_mode)
         model, optimizer = self.accelerator.prepare(unet.train(), self.state.optimizer)
         self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        vars(unet).pop("forward", None)  # what unwrapping leaves: the class's own method, bound to the instance
         return model, optimizer
 
     def fit(self) -> None:

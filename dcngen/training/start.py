@@ -40,9 +40,8 @@ def start_accelerator(config: TrainConfig, run_folder: Path) -> Accelerator:
             f"accelerate was launched with {accelerator.distributed_type.value}; the weights, their average and the "
             f"optimizer are whole on every process here: launch with --multi_gpu (DDP), on any number of machines"
         )
-    if config.train.allow_tf32 and accelerator.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if config.train.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.train.allow_tf32
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # all shapes are static
     return accelerator

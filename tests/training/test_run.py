@@ -54,7 +54,7 @@ def test_the_pipeline_holds_the_average_and_the_latent_statistics(uninterrupted)
 
 
 def test_resuming_equals_not_stopping_bit_for_bit(uninterrupted, script, command, monkeypatch):
-    """Stopped after step 5 by a crash, it continues from the checkpoint of step 4, in the middle of a logging window."""
+    """Cut off in step 6, it continues from the checkpoint of step 4, in the middle of a logging window."""
     original = loop.Trainer._step
 
     def crash_at_5(self, step):
@@ -155,22 +155,10 @@ def test_user_errors_are_one_line_and_status_1(script, capsys):
 
 
 def test_the_loss_decreases_on_real_latents(script, command):
-    steps = (
-        "--train.max_train_steps",
-        "120",
-        "--train.gradient_accumulation_steps",
-        "1",
-        "--logging.logging_steps",
-        "20",
+    options = (
+        "--train.max_train_steps 60 --train.gradient_accumulation_steps 1 --train.train_batch_size 16 "
+        "--checkpoint.checkpointing_steps 0 --logging.logging_steps 15 --optimizer.learning_rate 2e-3"
     )
-    rest = (
-        "--checkpoint.checkpointing_steps",
-        "0",
-        "--optimizer.learning_rate",
-        "2e-3",
-        "--train.train_batch_size",
-        "16",
-    )
-    run = script.train(command("--name", "learns", *steps, *rest))
+    run = script.train(command("--name", "learns", *options.split()))
     losses = [entry["loss"] for entry in read_metrics(run.metrics)]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
