@@ -39,6 +39,17 @@ WRONG_CALLS = {
 
 
 @pytest.mark.filterwarnings("ignore::dcngen.ops.FallbackWarning")
+def test_a_plan_for_right_tensors_does_not_serve_wrong_ones():
+    """Tensors of the meta device have the shapes, strides and device index of CPU tensors, and no memory."""
+    dcnv4(INPUT, OFFSET_MASK, groups=2)
+    for tensors in ((INPUT, OFFSET_MASK.to("meta")), (INPUT.to("meta"), OFFSET_MASK)):
+        with pytest.raises(ValueError, match="device"):
+            dcnv4(*tensors, groups=2)
+    with pytest.raises(TypeError, match="dtype"):
+        dcnv4(INPUT, OFFSET_MASK.bfloat16(), groups=2)
+
+
+@pytest.mark.filterwarnings("ignore::dcngen.ops.FallbackWarning")
 @pytest.mark.parametrize("name", WRONG_CALLS)
 @pytest.mark.parametrize("function", [dcnv4, dcnv4_reference])
 def test_message(function, name):
