@@ -199,7 +199,7 @@ def time_in_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dic
     return times
 
 
-def measure(shape: Shape, seconds: float) -> dict | None:
+def measure(shape: Shape, seconds: float, skip: list[str]) -> dict | None:
     """All times at one shape, or None where a result is wrong."""
     generator = torch.Generator().manual_seed(0)
     pixels = (shape.batch, shape.height, shape.width)
@@ -209,7 +209,7 @@ def measure(shape: Shape, seconds: float) -> dict | None:
     # of a pixel away from them.
     offset_mask = ((offset_mask * 64).round() + 0.5) / 64
     grad_output = torch.randn(*pixels, shape.channels, generator=generator)
-    contestants = contestants_for(shape, input, offset_mask)
+    contestants = [c for c in contestants_for(shape, input, offset_mask) if c.name not in skip]
 
     errors = worst_errors(contestants, shape, input, offset_mask, grad_output)
     wrong = {name: e for name, e in errors.items() if not e <= TOLERANCE.get(name, 1e-4)}
@@ -264,8 +264,11 @@ def main() -> int:
     parser.add_argument("--shape", type=Shape.parse, action="append", help="NxHxWxC:D, several times")
     parser.add_argument("--threads", type=int, default=0, help="cores to use (default: torch's choice)")
     parser.add_argument("--seconds", type=float, default=6.0, help="time for each half of each table (default: 6)")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave a contestant out")
     parser.add_argument("--json", type=Path, help="write every single time there")
     options = parser.parse_args()
+    if "dcngen" in options.skip:
+        parser.error("--skip: dcngen is what the others are compared with; skip one of those")
     if options.threads > 0:
         torch.set_num_threads(options.threads)
 
@@ -281,7 +284,7 @@ def main() -> int:
     results = []
     with backend("native"):  # a missing library is an error here, not a slow path
         for shape in shapes:
-            result = measure(shape, options.seconds)
+            result = measure(shape, options.seconds, options.skip)
             if result is not None:
                 print_table(result)
                 results.append(result)

@@ -168,8 +168,8 @@ void run_backward(const Problem& q, Backward b, int num_threads) {
   const std::vector<float> zeros = zeros_for(q);
   b.problem = &q;
   b.zeros = zeros.data();
-  int threads = threads_for(2 * work_of(q), num_threads);
-  const int cut = choose_slices(q, threads);
+  Threads threads = threads_for(2 * work_of(q), num_threads);
+  const int cut = choose_slices(q, threads.useful);
   const int quanta = ceil_div(p.group_channels, kChannelQuantum);
   b.slice_channels = cut == 1 ? p.group_channels : ceil_div(quanta, cut) * kChannelQuantum;
   b.slices_per_group = ceil_div(p.group_channels, b.slice_channels);
@@ -181,10 +181,10 @@ void run_backward(const Problem& q, Backward b, int num_threads) {
     });
   }
   const int64_t slices = p.batch * p.groups * b.slices_per_group;
-  threads = static_cast<int>(std::min<int64_t>(threads, slices));
+  threads.useful = static_cast<int>(std::min<int64_t>(threads.useful, slices));
   const size_t slice_floats = static_cast<size_t>(p.height_in * p.width_in + 1) * b.slice_channels;
   std::vector<std::unique_ptr<float[]>> scratch;
-  for (int i = 0; i < threads; ++i) scratch.emplace_back(new float[slice_floats]);
+  for (int i = 0; i < threads.useful; ++i) scratch.emplace_back(new float[slice_floats]);
   share_out(slices, threads, [&](int worker, int64_t first, int64_t last) {
     kernels().backward_slices(b, first, last, scratch[static_cast<size_t>(worker)].get(), whole);
   });

@@ -6,10 +6,6 @@ struct Dots {
   alignas(64) float value[4 * kMaxSamples];
 };
 
-inline void clear(Dots& dots, int first) {
-  for (int s = first; s < first + Block::kPad; ++s) store<4>(dots.value + 4 * s, Vec<4>{});
-}
-
 template <class T, int L, int V, bool kDots, bool kScatter>
 void backward_chunk(const Block& b, int taps, int channel, const T* grad_output, int64_t stride, Dots& dots) {
   for (int pixel = 0; pixel < b.pixels; ++pixel) {
@@ -24,7 +20,9 @@ void backward_chunk(const Block& b, int taps, int channel, const T* grad_output,
           dot[c] = grad[0] * load<L>(source);
           for (int v = 1; v < V; ++v) dot[c] += grad[v] * load<L>(source + v * L);
         }
-        store<4>(dots.value + 4 * s, load<4>(dots.value + 4 * s) + sums_of<L>(dot));
+        Vec<4> sums = sums_of<L>(dot);
+        if (channel) sums += load<4>(dots.value + 4 * s);  // the first chunk finds what an earlier block left
+        store<4>(dots.value + 4 * s, sums);
       }
       if constexpr (kScatter) {
         for (int c = 0; c < 4; ++c) {
@@ -169,12 +167,11 @@ void backward_row(const Backward& b, const Row& row, const Slice* slice) {
                          int64_t{row.group} * p.group_channels + first_channel;
   T* grad_line = static_cast<T*>(b.grad_offset_mask) + line * p.grad_offset_mask_pixel_stride;
   Block block;
-  Dots dots;
+  Dots dots{};
   for_each_block(q, [&](int64_t x, int pixels) {
     find_places<T>(q, b.offset_mask, row, x, pixels, block);
     if constexpr (kDots) {
       resolve(block, input, p.input_pixel_stride * int64_t{sizeof(T)}, b.zeros, block.source);
-      for (int s = 0; s < block.samples; s += Block::kPad) clear(dots, s);
     }
     if constexpr (kScatter) {
       const int64_t stride = channels * int64_t{sizeof(float)};

@@ -1,5 +1,8 @@
 #include "threads.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -22,9 +25,13 @@ using Run = std::function<void(int, int64_t, int64_t)>;
 // left and touches nothing else.
 class Job {
  public:
-  Job(int64_t total, int64_t ranges, const Run& run) : total_(total), ranges_(ranges), run_(run) {}
+  Job(int64_t total, int threads, const Run& run)
+      : total_(total), ranges_(std::min(total, kRangesPerThread * threads)), threads_(threads), run_(run) {}
 
-  void work(int worker) {
+  // Claims ranges until none is left.
+  void work() {
+    const int worker = workers_.fetch_add(1);
+    if (worker >= threads_) return;
     for (int64_t i; (i = next_.fetch_add(1)) < ranges_;) {
       run_(worker, begin_of(i), begin_of(i + 1));
       if (done_.fetch_add(1) + 1 == ranges_) {
@@ -43,32 +50,53 @@ class Job {
   int64_t begin_of(int64_t i) const { return total_ / ranges_ * i + std::min(i, total_ % ranges_); }
 
   const int64_t total_, ranges_;
+  const int threads_;
   const Run& run_;  // the caller's; used only while it waits
+  std::atomic<int> workers_{0};
   std::atomic<int64_t> next_{0}, done_{0};
   std::mutex mutex_;
   std::condition_variable all_done_;
 };
 
-}  // namespace
+// A parallel region of whatever OpenMP runtime the process has: GNU's entry point, which LLVM's and Intel's have, too.
+using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-int threads_for(double work, int wanted) {
-  const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  const double worthwhile = std::max(1.0, work / kLeastWork);
-  const int most = wanted > 0 ? wanted : cores;
-  return worthwhile < most ? static_cast<int>(worthwhile) : most;
+ParallelRegion openmp() {
+  static const auto found = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
 }
 
-void share_out(int64_t total, int threads, const Run& run) {
-  if (total < 1) return;
-  if (threads <= 1 || total == 1) return run(0, 0, total);
-  const auto job = std::make_shared<Job>(total, std::min(total, kRangesPerThread * threads), run);
+// A forked child inherits the pool's records but not its threads; a parallel region there would wait for them for ever.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+void work_on_own_threads(const std::shared_ptr<Job>& job, int threads) {
   try {
-    for (int worker = 1; worker < threads; ++worker) std::thread([job, worker] { job->work(worker); }).detach();
+    for (int i = 1; i < threads; ++i) std::thread([job] { job->work(); }).detach();
   } catch (const std::system_error&) {
     // No more threads to be had: those that there are do all ranges.
   }
-  job->work(0);
+  job->work();
   job->wait();
+}
+
+}  // namespace
+
+Threads threads_for(double work, int wanted) {
+  if (wanted <= 0) wanted = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return {static_cast<int>(std::clamp(work / kLeastWork, 1.0, static_cast<double>(wanted))), wanted};
+}
+
+void share_out(int64_t total, Threads threads, const Run& run) {
+  if (total < 1) return;
+  if (threads.useful <= 1 || total == 1) return run(0, 0, total);
+  const auto job = std::make_shared<Job>(total, threads.useful, run);
+  if (openmp() && !forked) {
+    // The whole pool, even where a part would do: GNU's runtime ends the threads that a region leaves out.
+    openmp()([](void* data) { static_cast<Job*>(data)->work(); }, job.get(), static_cast<unsigned>(threads.wanted), 0);
+  } else {
+    work_on_own_threads(job, threads.useful);
+  }
 }
 
 }  // namespace dcngen_cpu
