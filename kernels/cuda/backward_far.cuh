@@ -1,6 +1,7 @@
 // The samples that the tile kernel leaves out: a gather for their offset and mask gradients, reductions into the input
 // gradient. Runs after the tile kernel, over the units that it flagged: it overwrites the three gradients of each far
 // tap and adds to the input gradient that the tile kernel stored.
+// Where a reproducible result is asked for, the reductions are left to far_owner_kernel, which adds in a fixed order.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -10,101 +11,125 @@ namespace dcngen::backward {
 struct FarArgs {
   TileArgs tile;
   Params p;
-  const void *grad_output, *input, *offset_mask;
+  const void *grad_output, *input;
   void* grad_input;
-  int units_x, units_per_tile;
+  int log_units_x, log_units_per_tile;
   int64_t units;
 };
 
 constexpr int kFarWarps = 4;
 
-struct FarSample {
-  float x, y, mask;  // its place in the input
-  int where;         // pixel of the unit * 16 + tap
+// Where a unit lies: its group, image and first u.
+struct Unit {
+  int n, group, u_x, u_y;
 };
 
-// Lists the far samples of one unit; returns how many.
-template <typename T>
-__device__ int list_far_samples(FarSample* list, const FarArgs& args, int n, int group, int ow, int oh, int lane) {
+__device__ __forceinline__ Unit locate_unit(const FarArgs& args, int64_t number) {
   const TileArgs& tile = args.tile;
-  const bool inside = ow >= 0 && ow < tile.width_out && oh >= 0 && oh < tile.height_out;
-  const int64_t pixel = inside ? (int64_t{n} * tile.height_out + oh) * tile.width_out + ow : 0;
-  const uint16_t* om = static_cast<const uint16_t*>(args.offset_mask) + pixel * args.p.offset_mask_pixel_stride + 27 * group;
-  unsigned far = 0;
-  float2 d[9];
-#pragma unroll
-  for (int k = 0; k < 9; ++k) {
-    d[k] = displacement<T>(om[2 * k] | static_cast<uint32_t>(om[2 * k + 1]) << 16, k / 3, k % 3, tile.scale);
-    far |= (inside && !(fabsf(d[k].x) < 1.f && fabsf(d[k].y) < 1.f) ? 1u : 0u) << k;
-  }
-  int before = __popc(far);
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(window::kAllLanes, before, step);
-    if (lane >= step) before += left;
-  }
-  const int total = __shfl_sync(window::kAllLanes, before, 31);
-  before -= __popc(far);
-#pragma unroll
-  for (int k = 0; k < 9; ++k) {
-    if (!(far >> k & 1)) continue;
-    list[before++] = {static_cast<float>(ow + tile.shift_x + k / 3 - 1) + d[k].x,
-                      static_cast<float>(oh + tile.shift_y + k % 3 - 1) + d[k].y, HalfTraits<T>::low(om[18 + k]),
-                      lane * 16 + k};
-  }
-  __syncwarp();
-  return total;
+  uint32_t index = static_cast<uint32_t>(number >> args.log_units_per_tile);
+  const int in_tile = static_cast<int>(number) & ((1 << args.log_units_per_tile) - 1);
+  const int units_x = 1 << args.log_units_x, log_units_y = args.log_units_per_tile - args.log_units_x;
+  Unit unit;
+  unit.group = tile.by_group.split(index);
+  const int tile_x = tile.by_tiles_x.split(index), tile_y = tile.by_tiles_y.split(index);
+  unit.n = index;
+  unit.u_x = tile.origin_x + 8 * ((tile_x << args.log_units_x) + (in_tile & (units_x - 1)));
+  unit.u_y = tile.origin_y + 4 * ((tile_y << log_units_y) + (in_tile >> args.log_units_x));
+  return unit;
 }
 
+// One sample: the integer place of its tap and the displacement from there, its mask, the output pixel's number, the tap.
+struct FarSample {
+  int x, y;
+  float dx, dy, mask;
+  int64_t out;
+  int tap;
+  // The tile kernel left it out of the input gradient too.
+  __device__ __forceinline__ bool beyond() const { return !(fabsf(dx) <= 1.f && fabsf(dy) <= 1.f); }
+};
+
 template <typename T>
-__device__ __forceinline__ void unpack8(float (&to)[8], const void* from) {
-  const uint4 v = __ldg(static_cast<const uint4*>(from));
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    to[2 * i] = HalfTraits<T>::low(words[i]);
-    to[2 * i + 1] = HalfTraits<T>::high(words[i]);
-  }
+__device__ __forceinline__ FarSample load_far_sample(const FarArgs& args, const Unit& unit, int pixel, int tap) {
+  const TileArgs& tile = args.tile;
+  const int ow = unit.u_x + (pixel & 7) - tile.shift_x, oh = unit.u_y + (pixel >> 3) - tile.shift_y;
+  FarSample sample;
+  sample.tap = tap;
+  sample.out = (int64_t{unit.n} * tile.height_out + oh) * tile.width_out + ow;
+  const T* om = static_cast<const T*>(tile.offset_mask) + sample.out * tile.offset_mask_stride + 27 * unit.group;
+  const int i = tap / 3, j = tap - 3 * i;
+  sample.dx = fmaf(tile.scale, static_cast<float>(om[2 * tap]), (tile.scale - 1.f) * (i - 1));
+  sample.dy = fmaf(tile.scale, static_cast<float>(om[2 * tap + 1]), (tile.scale - 1.f) * (j - 1));
+  sample.x = ow + tile.shift_x + i - 1;
+  sample.y = oh + tile.shift_y + j - 1;
+  sample.mask = static_cast<float>(om[18 + tap]);
+  return sample;
 }
+
+// The four input pixels around a sample; `counts` is false outside the image and for NaN. The fractions come from the
+// displacement alone: added to a large coordinate first, it would lose digits.
+struct Corners {
+  int left, top;
+  float lx, ly;
+  bool counts;
+  __device__ __forceinline__ Corners(const FarSample& sample, int width, int height) {
+    constexpr float kFurthest = 1e9f;  // beyond every image, and still an int; NaN and infinities fail the test
+    counts = fabsf(sample.dx) < kFurthest && fabsf(sample.dy) < kFurthest;
+    const float fx = counts ? floorf(sample.dx) : 0.f, fy = counts ? floorf(sample.dy) : 0.f;
+    left = sample.x + static_cast<int>(fx), top = sample.y + static_cast<int>(fy);
+    lx = sample.dx - fx, ly = sample.dy - fy;
+    counts = counts && left < width && (left >= 0 || (left == -1 && lx > 0.f)) && top < height &&
+             (top >= 0 || (top == -1 && ly > 0.f));
+  }
+  __device__ __forceinline__ float weight(int corner) const {
+    return (corner & 1 ? lx : 1.f - lx) * (corner >> 1 ? ly : 1.f - ly);
+  }
+  // The pixel's number in the image, or -1 outside.
+  __device__ __forceinline__ int pixel(int corner, int width, int height) const {
+    const int x = left + (corner & 1), y = top + (corner >> 1);
+    return counts && x >= 0 && x < width && y >= 0 && y < height ? y * width + x : -1;
+  }
+};
 
 // One sample by D / 8 lanes, 8 channels each.
-template <typename T, int D>
-__device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, int n, int group, int u_x, int u_y,
-                           int part) {
+template <typename T, int D, bool ADD>
+__device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, const Unit& unit, int part) {
   const TileArgs& tile = args.tile;
   const Params& p = args.p;
   const int width = static_cast<int>(p.width_in), height = static_cast<int>(p.height_in);
-  const int pixel = sample.where >> 4, tap = sample.where & 15;
-  const int ow = u_x + (pixel & 7) - tile.shift_x, oh = u_y + (pixel >> 3) - tile.shift_y;
-  const int64_t out = (int64_t{n} * tile.height_out + oh) * tile.width_out + ow;
-  const bool counts = real && sample.x > -1.f && sample.y > -1.f && sample.x < width && sample.y < height;
+  Corners corners(sample, width, height);
+  corners.counts = corners.counts && real;
   float gx = 0.f, gy = 0.f, gm = 0.f;
-  if (counts) {
-    const int channel = group * D + 8 * part;
-    float grad[8];
-    unpack8<T>(grad, static_cast<const T*>(args.grad_output) + out * p.output_pixel_stride + channel);
-    const float x0 = floorf(sample.x), y0 = floorf(sample.y), lx = sample.x - x0, ly = sample.y - y0;
-    const int left = static_cast<int>(x0), top = static_cast<int>(y0);
+  if (corners.counts) {
+    const int channel = unit.group * D + 8 * part;
+    const int64_t image = int64_t{unit.n} * width * height;
+    float grad[8], value[4][8] = {};
+    HalfTraits<T>::load8(grad, static_cast<const T*>(args.grad_output) + sample.out * p.output_pixel_stride + channel);
+    int pixels[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      pixels[q] = corners.pixel(q, width, height);
+      if (pixels[q] < 0) continue;
+      HalfTraits<T>::load8(value[q],
+                           static_cast<const T*>(args.input) + (image + pixels[q]) * p.input_pixel_stride + channel);
+    }
     float dot[4] = {};
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      const int cx = left + (corner & 1), cy = top + (corner >> 1);
-      if (cx < 0 || cx >= width || cy < 0 || cy >= height) continue;
-      const int64_t at = (int64_t{n} * height + cy) * width + cx;
-      float value[8];
-      unpack8<T>(value, static_cast<const T*>(args.input) + at * p.input_pixel_stride + channel);
-      const float weight = sample.mask * (corner & 1 ? lx : 1.f - lx) * (corner >> 1 ? ly : 1.f - ly);
-      uint32_t add[4];
+    for (int q = 0; q < 4; ++q) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) dot[corner] = fmaf(grad[c], value[c], dot[corner]);
+      for (int c = 0; c < 8; ++c) dot[q] = fmaf(grad[c], value[q][c], dot[q]);
+      if (ADD && sample.beyond() && pixels[q] >= 0) {
+        const float weight = sample.mask * corners.weight(q);
+        float add[8];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) add[c] = HalfTraits<T>::pack(weight * grad[2 * c], weight * grad[2 * c + 1]);
-      HalfTraits<T>::reduce_add(static_cast<T*>(args.grad_input) + at * p.grad_input_pixel_stride + channel, add);
+        for (int c = 0; c < 8; ++c) add[c] = weight * grad[c];
+        HalfTraits<T>::reduce_add(
+            static_cast<T*>(args.grad_input) + (image + pixels[q]) * p.grad_input_pixel_stride + channel, add);
+      }
     }
-    const float upper = fmaf(lx, dot[1] - dot[0], dot[0]), lower = fmaf(lx, dot[3] - dot[2], dot[2]);
-    gm = fmaf(ly, lower - upper, upper);
+    const float upper = fmaf(corners.lx, dot[1] - dot[0], dot[0]), lower = fmaf(corners.lx, dot[3] - dot[2], dot[2]);
+    gm = fmaf(corners.ly, lower - upper, upper);
     gy = tile.scale * sample.mask * (lower - upper);
-    gx = tile.scale * sample.mask * fmaf(ly, dot[3] - dot[2] - dot[1] + dot[0], dot[1] - dot[0]);
+    gx = tile.scale * sample.mask * fmaf(corners.ly, dot[3] - dot[2] - (dot[1] - dot[0]), dot[1] - dot[0]);
   }
 #pragma unroll
   for (int step = D / 16; step > 0; step /= 2) {
@@ -113,41 +138,89 @@ __device__ void far_sample(const FarArgs& args, const FarSample& sample, bool re
     gm += __shfl_xor_sync(window::kAllLanes, gm, step);
   }
   if (real && part == 0) {
-    uint16_t* to = static_cast<uint16_t*>(tile.grad_offset_mask) + out * tile.grad_offset_mask_stride + 27 * group;
-    const uint32_t xy = HalfTraits<T>::pack(gx, gy);
-    to[2 * tap] = static_cast<uint16_t>(xy);
-    to[2 * tap + 1] = static_cast<uint16_t>(xy >> 16);
-    to[18 + tap] = static_cast<uint16_t>(HalfTraits<T>::pack(gm, 0.f));
+    T* to = static_cast<T*>(tile.grad_offset_mask) + sample.out * tile.grad_offset_mask_stride + 27 * unit.group;
+    to[2 * sample.tap] = static_cast<T>(gx);
+    to[2 * sample.tap + 1] = static_cast<T>(gy);
+    to[18 + sample.tap] = static_cast<T>(gm);
   }
 }
 
-template <typename T, int D>
+// Appends the far samples of a unit to a list, as 16 * (32 * which + lane) + tap; returns its new length.
+__device__ __forceinline__ int list_far_samples(uint16_t* list, int length, unsigned far, int which, int lane) {
+  int before = __popc(far);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int left = __shfl_up_sync(window::kAllLanes, before, step);
+    if (lane >= step) before += left;
+  }
+  const int total = __shfl_sync(window::kAllLanes, before, 31);
+  before += length - __popc(far);
+  for (; far; far &= far - 1) list[before++] = static_cast<uint16_t>(16 * (32 * which + lane) + __ffs(far) - 1);
+  return length + total;
+}
+
+// A warp takes four units at a time: where few samples are far, their loads overlap.
+template <typename T, int D, bool ADD>
 __global__ void __launch_bounds__(32 * kFarWarps) far_kernel(const FarArgs args) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ FarSample lists[kFarWarps][32 * 9];
+  __shared__ uint16_t lists[kFarWarps][4 * 32 * 9];
   constexpr int kLanes = D / 8, kAtOnce = 32 / kLanes;
-  const TileArgs& tile = args.tile;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  FarSample* list = lists[warp];
+  uint16_t* list = lists[warp];
   for (int64_t first = 4 * (int64_t{blockIdx.x} * kFarWarps + warp); first < args.units;
        first += 4 * int64_t{gridDim.x} * kFarWarps) {
-    const bool flagged = lane < 4 && first + lane < args.units && tile.far_units[first + lane];
-    for (unsigned left = __ballot_sync(window::kAllLanes, flagged); left; left &= left - 1) {
-      const int64_t unit = first + __ffs(left) - 1;
-      uint32_t index = static_cast<uint32_t>(unit / args.units_per_tile);
-      const int in_tile = static_cast<int>(unit % args.units_per_tile), units_y = args.units_per_tile / args.units_x;
-      const int group = tile.by_group.split(index), tile_x = tile.by_tiles_x.split(index);
-      const int tile_y = tile.by_tiles_y.split(index), n = index;
-      const int u_x = tile.origin_x + 8 * (tile_x * args.units_x + in_tile % args.units_x);
-      const int u_y = tile.origin_y + 4 * (tile_y * units_y + in_tile / args.units_x);
-      const int count = list_far_samples<T>(list, args, n, group, u_x + (lane & 7) - tile.shift_x,
-                                            u_y + (lane >> 3) - tile.shift_y, lane);
-      for (int base = 0; base < count; base += kAtOnce) {
-        const int number = base + lane / kLanes;
-        const bool real = number < count;
-        far_sample<T, D>(args, list[real ? number : 0], real, n, group, u_x, u_y, lane % kLanes);
+    const bool flagged = lane < 4 && first + lane < args.units && args.tile.far_units[first + lane];
+    const unsigned units = __ballot_sync(window::kAllLanes, flagged);
+    if (units == 0) continue;
+    unsigned far[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) far[i] = units >> i & 1 ? args.tile.far_masks[32 * (first + i) + lane] : 0u;
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (units >> i & 1) count = list_far_samples(list, count, far[i], i, lane);
+    }
+    __syncwarp();
+    for (int base = 0; base < count; base += kAtOnce) {
+      const bool real = base + lane / kLanes < count;
+      const int which = list[real ? base + lane / kLanes : 0];
+      const Unit unit = locate_unit(args, first + (which >> 9));
+      const FarSample sample = load_far_sample<T>(args, unit, which >> 4 & 31, which & 15);
+      far_sample<T, D, ADD>(args, sample, real, unit, lane % kLanes);
+    }
+    __syncwarp();  // the list is free again
+  }
+#endif
+}
+
+// Reproducible additions to the input gradient: a block owns one group of one image, a thread one of its channels, and
+// goes through the far samples in order. Slow; nothing else happens to these elements meanwhile.
+template <typename T, int D>
+__global__ void __launch_bounds__(D) far_owner_kernel(const FarArgs args) {
+#if __CUDA_ARCH__ >= 900
+  const Params& p = args.p;
+  const int width = static_cast<int>(p.width_in), height = static_cast<int>(p.height_in);
+  const int64_t tiles = (args.units >> args.log_units_per_tile) / p.groups / p.batch;  // of one image and group
+  const int64_t n = blockIdx.x / p.groups, group = blockIdx.x - n * p.groups, channel = group * D + threadIdx.x;
+  const int log = args.log_units_per_tile;
+  for (int64_t t = 0; t < tiles << log; ++t) {
+    const int64_t number = (((n * tiles + (t >> log)) * p.groups + group) << log) + (t & ((1 << log) - 1));
+    if (!args.tile.far_units[number]) continue;
+    const Unit unit = locate_unit(args, number);
+    for (int pixel = 0; pixel < 32; ++pixel) {
+      for (unsigned far = args.tile.far_masks[32 * number + pixel]; far; far &= far - 1) {
+        const FarSample sample = load_far_sample<T>(args, unit, pixel, __ffs(far) - 1);
+        if (!sample.beyond()) continue;
+        const Corners corners(sample, width, height);
+        const float grad = static_cast<float>(
+            static_cast<const T*>(args.grad_output)[sample.out * p.output_pixel_stride + channel]);
+        for (int q = 0; q < 4; ++q) {
+          const int at = corners.pixel(q, width, height);
+          if (at < 0) continue;
+          T* to = static_cast<T*>(args.grad_input) + (n * width * height + at) * p.grad_input_pixel_stride + channel;
+          *to = static_cast<T>(static_cast<float>(*to) + sample.mask * corners.weight(q) * grad);
+        }
       }
-      __syncwarp();  // the list is free again
     }
   }
 #endif

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "backward_far.cuh"
+#include "backward_single.cuh"
 
 namespace dcngen::backward {
 
@@ -44,6 +45,7 @@ inline int64_t count_units(const Params& p, Tile tile) { return count_blocks(p, 
 struct TensorBox {
   int64_t channels, width, height, batch, pixel_stride;
   int box_channels, box_width, box_height;
+  int element_bytes;
 };
 
 inline cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void* pointer, const TensorBox& t) {
@@ -58,14 +60,15 @@ inline cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void
   if (encode_tiled == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(t.channels), static_cast<cuuint64_t>(t.width),
                                static_cast<cuuint64_t>(t.height), static_cast<cuuint64_t>(t.batch)};
-  const cuuint64_t pixel = 2 * static_cast<cuuint64_t>(t.pixel_stride);
+  const cuuint64_t pixel = t.element_bytes * static_cast<cuuint64_t>(t.pixel_stride);
   const cuuint64_t strides[3] = {pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]};
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(t.box_channels), static_cast<cuuint32_t>(t.box_width),
                              static_cast<cuuint32_t>(t.box_height), 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUtensorMapSwizzle swizzle = t.box_channels == 16   ? CU_TENSOR_MAP_SWIZZLE_32B
-                                     : t.box_channels == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                            : CU_TENSOR_MAP_SWIZZLE_128B;
+  const int row_bytes = t.box_channels * t.element_bytes;
+  const CUtensorMapSwizzle swizzle = row_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
+                                     : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                       : CU_TENSOR_MAP_SWIZZLE_128B;
   const CUresult result = encode_tiled(map, type, 4, const_cast<void*>(pointer), sizes, strides, box, steps,
                                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -78,7 +81,8 @@ inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
   TileArgs t;
   t.offset_mask = args.offset_mask;
   t.grad_offset_mask = args.grad_offset_mask;
-  t.far_units = static_cast<uint8_t*>(args.workspace);
+  t.far_masks = static_cast<uint16_t*>(args.workspace);
+  t.far_units = static_cast<uint8_t*>(args.workspace) + 64 * count_units(p, tile);
   t.offset_mask_stride = p.offset_mask_pixel_stride;
   t.grad_offset_mask_stride = p.grad_offset_mask_pixel_stride;
   t.channels = p.offset_mask_channels;
@@ -94,52 +98,90 @@ inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
   return t;
 }
 
-template <typename T, int D, int UNITS_X, int UNITS_Y>
-cudaError_t launch_tile(const BackwardArgs& args, const TileArgs& tile, cudaStream_t stream) {
-  using Shape = TileShape<D, UNITS_X, UNITS_Y>;
+// Maps for tiles with halo of pitch x rows pixels, `row_channels` channels a shared-memory row; results leave by units.
+template <typename T>
+cudaError_t encode_maps(Maps& maps, const BackwardArgs& args, int row_channels, int pitch, int rows) {
   const Params& p = args.p;
-  const int64_t channels = int64_t{p.groups} * D;
-  constexpr auto kType = HalfTraits<T>::kMapType;
-  Maps maps;
+  const int64_t channels = int64_t{p.groups} * p.group_channels, numbers = 27 * int64_t{p.groups};
+  constexpr int kBytes = sizeof(T);
   const TensorBox boxes[4] = {
-      {channels, p.width_in, p.height_in, p.batch, p.input_pixel_stride, D, Shape::kPitch, Shape::kRows},
-      {channels, p.width_out, p.height_out, p.batch, p.output_pixel_stride, D, Shape::kPitch, Shape::kRows},
-      {27 * int64_t{p.groups}, p.width_out, p.height_out, p.batch, p.offset_mask_pixel_stride, 32, Shape::kPitch,
-       Shape::kRows},
-      {channels, p.width_in, p.height_in, p.batch, p.grad_input_pixel_stride, D, 8, 4}};
+      {channels, p.width_in, p.height_in, p.batch, p.input_pixel_stride, row_channels, pitch, rows, kBytes},
+      {channels, p.width_out, p.height_out, p.batch, p.output_pixel_stride, row_channels, pitch, rows, kBytes},
+      {numbers, p.width_out, p.height_out, p.batch, p.offset_mask_pixel_stride, 32, pitch, rows, kBytes},
+      {channels, p.width_in, p.height_in, p.batch, p.grad_input_pixel_stride, row_channels, 8, 4, kBytes}};
   const void* pointers[4] = {args.input, args.grad_output, args.offset_mask, args.grad_input};
   CUtensorMap* all[4] = {&maps.input, &maps.grad_output, &maps.offset_mask, &maps.grad_input};
   for (int i = 0; i < 4; ++i) {
-    const cudaError_t error = encode(all[i], kType, pointers[i], boxes[i]);
+    const cudaError_t error = encode(all[i], HalfTraits<T>::kMapType, pointers[i], boxes[i]);
     if (error != cudaSuccess) return error;
   }
-  const auto kernel = tile_kernel<T, D, UNITS_X, UNITS_Y>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
+  return cudaSuccess;
+}
+
+// Launches one instance of a tile kernel whose sizes are Shape's.
+template <typename T, typename Shape, typename Kernel>
+cudaError_t launch_kernel(Kernel kernel, int row_channels, const BackwardArgs& args, const TileArgs& tile,
+                          int64_t blocks, cudaStream_t stream) {
+  Maps maps;
+  cudaError_t error = encode_maps<T>(maps, args, row_channels, Shape::kPitch, Shape::kRows);
   if (error != cudaSuccess) return error;
-  const unsigned blocks = static_cast<unsigned>(count_blocks(p, {UNITS_X, UNITS_Y}));
-  kernel<<<blocks, Shape::kThreads, Shape::kShared, stream>>>(maps, tile);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, Shape::kShared, stream>>>(maps, tile);
   return cudaGetLastError();
+}
+
+template <typename T, int D, int UNITS_X, int UNITS_Y>
+cudaError_t launch_tile(const BackwardArgs& args, const TileArgs& tile, cudaStream_t stream) {
+  const int64_t blocks = count_blocks(args.p, {UNITS_X, UNITS_Y});
+  if constexpr (sizeof(T) == 4) {
+    using Shape = SingleShape<D, UNITS_X, UNITS_Y>;
+    return launch_kernel<T, Shape>(single_tile_kernel<D, UNITS_X, UNITS_Y>, Shape::kRowChannels, args, tile, blocks,
+                                   stream);
+  } else {
+    using Shape = TileShape<D, UNITS_X, UNITS_Y>;
+    return launch_kernel<T, Shape>(tile_kernel<T, D, UNITS_X, UNITS_Y>, D, args, tile, blocks, stream);
+  }
+}
+
+inline int log2(int power_of_two) {
+  int log = 0;
+  while (1 << log < power_of_two) ++log;
+  return log;
 }
 
 template <typename T, int D>
 cudaError_t launch_far(const BackwardArgs& args, const TileArgs& tile, Tile shape, cudaStream_t stream) {
   const int64_t units = count_units(args.p, shape);
-  const FarArgs far{tile,         args.p, args.grad_output, args.input, args.offset_mask, args.grad_input, shape.units_x,
-                    shape.units_x * shape.units_y, units};
+  const Params& p = args.p;
+  const FarArgs far{tile,          p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
+                    log2(shape.units_x * shape.units_y), units};
   constexpr int64_t kMost = 132 * 8;  // more blocks than fit at once only wait
   const int64_t wanted = (units + 4 * kFarWarps - 1) / (4 * kFarWarps);
-  far_kernel<T, D><<<static_cast<unsigned>(wanted < kMost ? wanted : kMost), 32 * kFarWarps, 0, stream>>>(far);
+  const auto kernel = p.deterministic ? far_kernel<T, D, false> : far_kernel<T, D, true>;
+  kernel<<<static_cast<unsigned>(wanted < kMost ? wanted : kMost), 32 * kFarWarps, 0, stream>>>(far);
+  if (p.deterministic) far_owner_kernel<T, D><<<static_cast<unsigned>(p.batch * p.groups), D, 0, stream>>>(far);
   return cudaGetLastError();
 }
 
 template <typename T, int D>
 cudaError_t launch_both(const BackwardArgs& args, Tile shape, cudaStream_t stream) {
   const TileArgs tile = tile_args(args, shape);
-  const cudaError_t error = shape.units_x == 1   ? launch_tile<T, D, 1, 2>(args, tile, stream)
-                            : shape.units_y == 2 ? launch_tile<T, D, 2, 2>(args, tile, stream)
-                                                 : launch_tile<T, D, 2, 4>(args, tile, stream);
+  const cudaError_t error = shape.units_x == 1 ? launch_tile<T, D, 1, 2>(args, tile, stream)
+                                               : launch_tile<T, D, 2, 2>(args, tile, stream);
   if (error != cudaSuccess) return error;
   return launch_far<T, D>(args, tile, shape, stream);
+}
+
+// Shared memory that the larger tile takes; some architectures have less than sm_90.
+template <typename T>
+int shared_bytes(int group_channels) {
+  const auto of = [](auto half, auto single) { return sizeof(T) == 4 ? decltype(single)::kShared : decltype(half)::kShared; };
+  switch (group_channels) {
+    case 16: return of(TileShape<16, 2, 2>{}, SingleShape<16, 2, 2>{});
+    case 32: return of(TileShape<32, 2, 2>{}, SingleShape<32, 2, 2>{});
+    default: return of(TileShape<64, 2, 2>{}, SingleShape<64, 2, 2>{});
+  }
 }
 
 template <typename T>
@@ -153,5 +195,6 @@ cudaError_t backward_typed(const BackwardArgs& args, Tile shape, cudaStream_t st
 
 cudaError_t backward_fp16(const BackwardArgs& args, Tile shape, cudaStream_t stream);
 cudaError_t backward_bf16(const BackwardArgs& args, Tile shape, cudaStream_t stream);
+cudaError_t backward_fp32(const BackwardArgs& args, Tile shape, cudaStream_t stream);
 
 }  // namespace dcngen::backward

@@ -7,32 +7,66 @@
 
 namespace dcngen::backward {
 
-// What the two half types add to window::Dtype.
+// What the dtypes add to window::Dtype; eight channels at a time for the far samples.
 template <typename T>
 struct HalfTraits;
 
+template <typename T>
+struct HalfVectors : window::Dtype<T> {
+  using Base = window::Dtype<T>;
+  static __device__ __forceinline__ void load8(float (&to)[8], const T* from) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[2 * i] = Base::low(words[i]), to[2 * i + 1] = Base::high(words[i]);
+  }
+};
+
 template <>
-struct HalfTraits<__half> : window::Dtype<__half> {
+struct HalfTraits<__half> : HalfVectors<__half> {
   static constexpr uint32_t kOne = 0x3c00u;
   static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  static __device__ __forceinline__ void reduce_add(__half* to, const uint32_t (&v)[4]) {
+  static __device__ __forceinline__ void reduce_add(__half* to, const float (&v)[8]) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
-                 "r"(v[3])
+    asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(pack(v[0], v[1])),
+                 "r"(pack(v[2], v[3])), "r"(pack(v[4], v[5])), "r"(pack(v[6], v[7]))
                  : "memory");
 #endif
   }
 };
 
 template <>
-struct HalfTraits<__nv_bfloat16> : window::Dtype<__nv_bfloat16> {
+struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
   static constexpr uint32_t kOne = 0x3f80u;
   static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, const uint32_t (&v)[4]) {
+  static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, const float (&v)[8]) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
-                 "r"(v[3])
+    asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(pack(v[0], v[1])),
+                 "r"(pack(v[2], v[3])), "r"(pack(v[4], v[5])), "r"(pack(v[6], v[7]))
                  : "memory");
+#endif
+  }
+};
+
+// float: only what the far samples need; its tiles have a kernel of their own.
+template <>
+struct HalfTraits<float> {
+  static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  static __device__ __forceinline__ void load8(float (&to)[8], const float* from) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from) + i);
+      to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
+    }
+  }
+  static __device__ __forceinline__ void reduce_add(float* to, const float (&v)[8]) {
+#if __CUDA_ARCH__ >= 900
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to + i), "f"(v[i]), "f"(v[i + 1]), "f"(v[i + 2]),
+                   "f"(v[i + 3])
+                   : "memory");
+    }
 #endif
   }
 };

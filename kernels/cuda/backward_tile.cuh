@@ -23,7 +23,8 @@ struct Maps {
 struct TileArgs {
   const void* offset_mask;
   void* grad_offset_mask;
-  uint8_t* far_units;  // one flag a unit: some sample of it is not near
+  uint8_t* far_units;   // one flag a unit: some sample of it is not near
+  uint16_t* far_masks;  // of a flagged unit: bit k of lane l's mask is set where tap k of pixel l is not near
   int64_t offset_mask_stride, grad_offset_mask_stride;
   int channels;  // of grad_offset_mask; those past 27 * groups are written 0
   int groups;
@@ -165,34 +166,34 @@ __device__ __forceinline__ float2 displacement(uint32_t word, int i, int j, floa
                      fmaf(scale, HalfTraits<T>::high(word), (scale - 1.f) * (j - 1)));
 }
 
-// Takes the samples that are not near (or NaN) out: offset and mask 0, so that nothing of them is left. True if any.
+// Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of these
+// the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only the
+// derivative is that of a cell further out.)
 template <typename T>
-__device__ __forceinline__ bool remove_far(OffsetMask& om, float scale) {
+__device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale) {
   constexpr uint32_t kToSign = 0x80008000u - HalfTraits<T>::kOne * 0x10001u;  // |h| >= 1 sets the top bit
-  uint32_t far = 0;
+  unsigned far = 0, beyond = 0;
   if (scale == 1.f) {
     uint32_t largest = 0;
 #pragma unroll
     for (int k = 0; k < 9; ++k) largest = __vmaxu2(largest, om.word[k] & 0x7fff7fffu);
-    if (((largest + kToSign) & 0x80008000u) == 0) return false;
-#pragma unroll
-    for (int k = 0; k < 9; ++k) far |= (((om.word[k] & 0x7fff7fffu) + kToSign) & 0x80008000u ? 1u : 0u) << k;
-  } else {
-#pragma unroll
-    for (int k = 0; k < 9; ++k) {
-      const float2 d = displacement<T>(om.word[k], k / 3, k % 3, scale);
-      far |= (fabsf(d.x) < 1.f && fabsf(d.y) < 1.f ? 0u : 1u) << k;
-    }
-    if (far == 0) return false;
+    if (((largest + kToSign) & 0x80008000u) == 0) return 0;
   }
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
-    if (far >> k & 1) {
+    const float2 d = displacement<T>(om.word[k], k / 3, k % 3, scale);
+    far |= (fabsf(d.x) < 1.f && fabsf(d.y) < 1.f ? 0u : 1u) << k;
+    beyond |= (fabsf(d.x) <= 1.f && fabsf(d.y) <= 1.f ? 0u : 1u) << k;
+  }
+  if (beyond == 0) return far;
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+    if (beyond >> k & 1) {
       om.word[k] = 0;
       om.word[9 + k / 2] &= k % 2 ? 0x0000ffffu : 0xffff0000u;
     }
   }
-  return true;
+  return far;
 }
 
 __device__ __forceinline__ void add_tap(float (&w)[5][5], int i, int j, float2 d, float m) {
@@ -537,10 +538,12 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     const int px = u_x0 - 2 + x, py = u_y0 - 2 + y;  // the pixel's u
     const bool inside = px >= args.shift_x && px < args.width_out + args.shift_x && py >= args.shift_y &&
                         py < args.height_out + args.shift_y;
-    const bool far = remove_far<T>(om, args.scale) && inside;
-    const bool any_far = __any_sync(0xffffffffu, far);
-    if (lane == 0) args.far_units[static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp] = any_far;
-
+    unsigned far = remove_far<T>(om, args.scale);
+    if (!inside) far = 0;
+    const bool any_far = __any_sync(window::kAllLanes, far != 0);
+    const int64_t unit = static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp;
+    if (lane == 0) args.far_units[unit] = any_far;
+    if (any_far) args.far_masks[32 * unit + lane] = static_cast<uint16_t>(far);
     pixel_gradients<T>(om, products, px, py, args.scale, offset_mask_stage + 56 * lane,
                        WeightFrame(region_c + 96 * slot, x, y));
     __syncwarp();

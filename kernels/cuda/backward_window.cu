@@ -6,32 +6,36 @@ namespace {
 
 bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The bulk copy engine needs sm_90. All devices of a machine are taken to be alike.
-bool device_has_bulk_copies() {
-  static const bool has = [] {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+// The bulk copy engine needs sm_90, a tile its shared memory. All devices of a machine are taken to be alike.
+bool device_fits(const Params& p) {
+  static const int available = [] {
+    int device = 0, major = 0, bytes = 0;
+    const bool known =
+        cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+    return known && major >= 9 ? bytes : 0;
   }();
-  return has;
+  return available >= (p.dtype == DCNGEN_FLOAT32 ? backward::shared_bytes<float>(p.group_channels)
+                                                 : backward::shared_bytes<__half>(p.group_channels));
 }
 
 }  // namespace
 
 bool backward_window_applies(const Params& p) {
-  const bool half = p.dtype == DCNGEN_FLOAT16 || p.dtype == DCNGEN_BFLOAT16;
+  const int vector = p.dtype == DCNGEN_FLOAT32 ? 4 : 8;  // elements in 16 bytes
   const bool plain_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
                          p.dilation_h == 1 && p.dilation_w == 1 && !p.remove_center && !p.softmax;
   const bool width = p.group_channels == 16 || p.group_channels == 32 || p.group_channels == 64;
-  const bool vectors = p.input_pixel_stride % 8 == 0 && p.offset_mask_pixel_stride % 8 == 0 &&
-                       p.output_pixel_stride % 8 == 0 && p.grad_input_pixel_stride % 8 == 0 &&
-                       p.grad_offset_mask_pixel_stride % 8 == 0;
-  // The far samples' reductions have no fixed order.
-  if (!half || !plain_3x3 || !width || !vectors || p.deterministic) return false;
-  return backward::count_blocks(p, backward::choose_tile(p)) < int64_t{1} << 31 && device_has_bulk_copies();
+  const bool vectors = p.input_pixel_stride % vector == 0 && p.offset_mask_pixel_stride % vector == 0 &&
+                       p.output_pixel_stride % vector == 0 && p.grad_input_pixel_stride % vector == 0 &&
+                       p.grad_offset_mask_pixel_stride % vector == 0;
+  if (!plain_3x3 || !width || !vectors) return false;
+  return backward::count_blocks(p, backward::choose_tile(p)) < int64_t{1} << 31 && device_fits(p);
 }
 
-int64_t backward_window_workspace(const Params& p) { return backward::count_units(p, backward::choose_tile(p)); }
+// Of every unit of 32 pixels and one group: a flag, and 16 bits a pixel.
+int64_t backward_window_workspace(const Params& p) { return 65 * backward::count_units(p, backward::choose_tile(p)); }
 
 cudaError_t backward_window(const BackwardArgs& args, cudaStream_t stream) {
   const void* pointers[] = {args.grad_output, args.input, args.offset_mask, args.grad_input, args.grad_offset_mask};
@@ -39,8 +43,11 @@ cudaError_t backward_window(const BackwardArgs& args, cudaStream_t stream) {
     if (!aligned16(pointer)) return cudaErrorMisalignedAddress;
   }
   const backward::Tile tile = backward::choose_tile(args.p);
-  return args.p.dtype == DCNGEN_FLOAT16 ? backward::backward_fp16(args, tile, stream)
-                                        : backward::backward_bf16(args, tile, stream);
+  switch (args.p.dtype) {
+    case DCNGEN_FLOAT32: return backward::backward_fp32(args, tile, stream);
+    case DCNGEN_FLOAT16: return backward::backward_fp16(args, tile, stream);
+    default: return backward::backward_bf16(args, tile, stream);
+  }
 }
 
 }  // namespace dcngen

@@ -1,0 +1,269 @@
+// The tile of backward_tile.cuh for float: the same stencil, products on the ordinary units (the tensor cores would round
+// to tf32), one pixel a lane throughout. A tile holds 32 channels a row (16 where D = 16), D / 32 of them one behind the
+// other.
+#pragma once
+
+#include "backward_tile.cuh"
+
+namespace dcngen::backward {
+
+template <int D, int UNITS_X, int UNITS_Y>
+struct SingleShape {
+  static constexpr int kWarps = UNITS_X * UNITS_Y, kThreads = 32 * kWarps;
+  static constexpr int kWidth = 8 * UNITS_X, kHeight = 4 * UNITS_Y;
+  static constexpr int kPitch = kWidth + 4, kRows = kHeight + 4, kSlots = kPitch * kRows;
+  static constexpr int kRing = kSlots - kWidth * kHeight;
+  static_assert(kPitch % 8 == 4, "the swizzles' address arithmetic counts on it");
+
+  static constexpr int kRowChannels = D < 32 ? D : 32, kParts = D / kRowChannels;
+  static constexpr int kPartBytes = kSlots * 4 * kRowChannels, kTileBytes = kParts * kPartBytes;
+  static constexpr int kOffsetMaskBytes = kSlots * 128;  // then the weights, 100 bytes a pixel
+  static constexpr int kInputStage = 32 * 4 * D, kOffsetMaskStage = 32 * 108;  // a warp
+  static constexpr int kStages = kWarps * (kInputStage + kOffsetMaskStage);
+  static constexpr int kRegionA = ((kTileBytes > kStages ? kTileBytes : kStages) + 1023) / 1024 * 1024;
+  static constexpr int kShared = kRegionA + kTileBytes + kOffsetMaskBytes + 16 /* barrier */;
+  // Blocks of a multiprocessor: by its shared memory, but leave a thread the whole register file's 255.
+  static constexpr int kByMemory = 227 * 1024 / (kShared + 1024), kByRegisters = 256 / kThreads;
+  static constexpr int kBlocks = kByMemory < kByRegisters ? kByMemory : kByRegisters;
+};
+
+// The 27 numbers of one (pixel, group) as they lie in memory.
+struct SingleOffsetMask {
+  float value[27];
+  __device__ __forceinline__ float2 displacement(int k, float scale) const {
+    return make_float2(fmaf(scale, value[2 * k], (scale - 1.f) * (k / 3 - 1)),
+                       fmaf(scale, value[2 * k + 1], (scale - 1.f) * (k % 3 - 1)));
+  }
+};
+
+// `skip`: how far behind the 16-byte boundary that the tile begins at.
+__device__ __forceinline__ SingleOffsetMask load_single(uint32_t tile, int slot, int skip) {
+  SingleOffsetMask om;
+#pragma unroll
+  for (int i = 0; i < 27; ++i) {
+    const int at = skip + i;
+    om.value[i] = __uint_as_float(window::load_shared(tile + tile_offset<64>(slot, at >> 2) + 4 * (at & 3)));
+  }
+  return om;
+}
+
+// As remove_far of the half types.
+__device__ __forceinline__ unsigned remove_far(SingleOffsetMask& om, float scale) {
+  unsigned far = 0;
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+    const float2 d = om.displacement(k, scale);
+    far |= (fabsf(d.x) < 1.f && fabsf(d.y) < 1.f ? 0u : 1u) << k;
+    if (!(fabsf(d.x) <= 1.f && fabsf(d.y) <= 1.f)) om.value[2 * k] = om.value[2 * k + 1] = om.value[18 + k] = 0.f;
+  }
+  return far;
+}
+
+__device__ __forceinline__ void store_weights(uint32_t to, const float (&w)[5][5]) {
+#pragma unroll
+  for (int i = 0; i < 25; ++i) window::store_shared(to + 4 * i, __float_as_uint(w[i / 5][i % 5]));
+}
+
+__device__ __forceinline__ void pixel_weights(const SingleOffsetMask& om, float scale, uint32_t to) {
+  float w[5][5] = {};
+#pragma unroll
+  for (int k = 0; k < 9; ++k) add_tap(w, k / 3, k % 3, om.displacement(k, scale), om.value[18 + k]);
+  store_weights(to, w);
+}
+
+__device__ __forceinline__ void pixel_gradients(const SingleOffsetMask& om, const float (&products)[5][5], int u_x,
+                                                int u_y, float scale, uint32_t to, uint32_t weights) {
+  float w[5][5] = {};
+#pragma unroll
+  for (int k = 0; k < 9; ++k) {
+    const int i = k / 3, j = k % 3;
+    const float from_x = u_x + i == 0 ? __int_as_float(1) : 0.f, from_y = u_y + j == 0 ? __int_as_float(1) : 0.f;
+    const float2 d = om.displacement(k, scale);
+    const float m = om.value[18 + k], factor = scale * m;
+    const TapGradient gradient = tap_gradient(products, i, j, d, from_x, from_y);
+    window::store_shared(to + 8 * k, __float_as_uint(factor * gradient.x));
+    window::store_shared(to + 8 * k + 4, __float_as_uint(factor * gradient.y));
+    window::store_shared(to + 72 + 4 * k, __float_as_uint(gradient.mask));
+    add_tap(w, i, j, d, m);
+  }
+  store_weights(weights, w);
+}
+
+// Addresses of the 5x5 neighbours of a pixel in a part of a tile, for any piece of 16 bytes.
+template <int ROW_CHANNELS, int PITCH>
+struct Neighbours {
+  uint32_t address[5];  // of row -2, piece 0
+  __device__ __forceinline__ Neighbours(uint32_t part, int slot) {
+#pragma unroll
+    for (int c = 0; c < 5; ++c) address[c] = part + tile_offset<2 * ROW_CHANNELS>(slot - 2 * PITCH + c - 2, 0);
+  }
+  // One row down flips one bit of the swizzle, as in Window.
+  __device__ __forceinline__ float4 load(int row, int column, int piece) const {
+    const uint32_t flip = (piece << 4) ^ (row & 1 ? 2 * ROW_CHANNELS : 0);
+    const uint4 v = window::load_shared16((address[column] ^ flip) + row * PITCH * 4 * ROW_CHANNELS);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+  }
+};
+
+// The pixel's 25 products with the window of inputs around it.
+template <typename Shape>
+__device__ __forceinline__ void single_products(float (&products)[5][5], uint32_t input, uint32_t grad_output,
+                                                int slot) {
+#pragma unroll
+  for (int i = 0; i < 25; ++i) products[i / 5][i % 5] = 0.f;
+#pragma unroll 1
+  for (int part = 0; part < Shape::kParts; ++part) {
+    const Neighbours<Shape::kRowChannels, Shape::kPitch> x(input + part * Shape::kPartBytes, slot);
+    const uint32_t own = grad_output + part * Shape::kPartBytes + tile_offset<2 * Shape::kRowChannels>(slot, 0);
+#pragma unroll 1
+    for (int piece = 0; piece < Shape::kRowChannels / 4; ++piece) {
+      const uint4 raw = window::load_shared16(own ^ (piece << 4));
+      const float g[4] = {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
+                          __uint_as_float(raw.w)};
+#pragma unroll
+      for (int i = 0; i < 25; ++i) {
+        const float4 v = x.load(i / 5, i % 5, piece);
+        float& sum = products[i / 5][i % 5];
+        sum = fmaf(g[0], v.x, fmaf(g[1], v.y, fmaf(g[2], v.z, fmaf(g[3], v.w, sum))));
+      }
+    }
+  }
+}
+
+// The pixel's input gradient: its neighbours' grad_output by the weight each of them has for it.
+template <typename Shape>
+__device__ __forceinline__ void single_input_gradient(uint32_t stage, uint32_t weights, uint32_t grad_output, int slot,
+                                                      int lane) {
+  float w[25];
+#pragma unroll
+  for (int i = 0; i < 25; ++i) {  // neighbour (i / 5 - 2, i % 5 - 2) sees this pixel at the opposite place
+    const int neighbour = slot + (i / 5 - 2) * Shape::kPitch + i % 5 - 2;
+    w[i] = __uint_as_float(window::load_shared(weights + 100 * neighbour + 4 * (24 - i)));
+  }
+#pragma unroll 1
+  for (int part = 0; part < Shape::kParts; ++part) {
+    const Neighbours<Shape::kRowChannels, Shape::kPitch> g(grad_output + part * Shape::kPartBytes, slot);
+    const uint32_t to = stage + part * 32 * 4 * Shape::kRowChannels + tile_offset<2 * Shape::kRowChannels>(lane, 0);
+#pragma unroll 1
+    for (int piece = 0; piece < Shape::kRowChannels / 4; ++piece) {
+      float sum[4] = {};
+#pragma unroll
+      for (int i = 0; i < 25; ++i) {
+        const float4 v = g.load(i / 5, i % 5, piece);
+        sum[0] = fmaf(w[i], v.x, sum[0]), sum[1] = fmaf(w[i], v.y, sum[1]);
+        sum[2] = fmaf(w[i], v.z, sum[2]), sum[3] = fmaf(w[i], v.w, sum[3]);
+      }
+      window::store_shared16(to ^ (piece << 4), __float_as_uint(sum[0]), __float_as_uint(sum[1]),
+                             __float_as_uint(sum[2]), __float_as_uint(sum[3]));
+    }
+  }
+}
+
+// Writes the warp's staged gradients of offset_mask, a pixel at a time.
+__device__ __forceinline__ void write_single(const TileArgs& args, uint32_t stage, int n, int group, int u_x, int u_y,
+                                             int lane) {
+  const int x0 = u_x - args.shift_x, y0 = u_y - args.shift_y, used = 27 * args.groups;
+#pragma unroll 4
+  for (int pixel = 0; pixel < 32; ++pixel) {
+    const int ow = x0 + (pixel & 7), oh = y0 + (pixel >> 3);
+    if (ow < 0 || ow >= args.width_out || oh < 0 || oh >= args.height_out) continue;
+    float* to = static_cast<float*>(args.grad_offset_mask) +
+                ((int64_t{n} * args.height_out + oh) * args.width_out + ow) * args.grad_offset_mask_stride;
+    if (lane < 27) to[27 * group + lane] = __uint_as_float(window::load_shared(stage + 108 * pixel + 4 * lane));
+    if (group == args.groups - 1 && used + lane < args.channels) to[used + lane] = 0.f;
+  }
+}
+
+template <int D, int UNITS_X, int UNITS_Y>
+__global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
+                                  SingleShape<D, UNITS_X, UNITS_Y>::kBlocks)
+    single_tile_kernel(const __grid_constant__ Maps maps, const TileArgs args) {
+#if __CUDA_ARCH__ >= 900
+  using Shape = SingleShape<D, UNITS_X, UNITS_Y>;
+  constexpr int kPitch = Shape::kPitch;
+  extern __shared__ __align__(1024) uint8_t shared[];  // the swizzles of the copy engine go by address
+  const uint32_t region_a = window::smem_address(shared);
+  const uint32_t region_b = region_a + Shape::kRegionA, region_c = region_b + Shape::kTileBytes;
+  const uint32_t barrier = region_c + Shape::kOffsetMaskBytes;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+
+  uint32_t index = blockIdx.x;
+  const int group = args.by_group.split(index), tile_x = args.by_tiles_x.split(index);
+  const int tile_y = args.by_tiles_y.split(index), n = index;
+  const int u_x0 = args.origin_x + tile_x * Shape::kWidth, u_y0 = args.origin_y + tile_y * Shape::kHeight;
+  const int skip = (27 * group) & 3;
+  if (thread == 0) {
+    barrier_init(barrier, 1);
+    barrier_expect(barrier, 2 * Shape::kTileBytes + Shape::kOffsetMaskBytes);
+    const int x = u_x0 - 2, y = u_y0 - 2;
+    for (int part = 0; part < Shape::kParts; ++part) {
+      const int channel = group * D + part * Shape::kRowChannels, at = part * Shape::kPartBytes;
+      load_tile(region_a + at, &maps.input, barrier, channel, x, y, n);
+      load_tile(region_b + at, &maps.grad_output, barrier, channel, x - args.shift_x, y - args.shift_y, n);
+    }
+    load_tile(region_c, &maps.offset_mask, barrier, 27 * group - skip, x - args.shift_x, y - args.shift_y, n);
+  }
+  const int unit_x = 8 * (warp % UNITS_X), unit_y = 4 * (warp / UNITS_X);
+  const int u_x = u_x0 + unit_x, u_y = u_y0 + unit_y;
+  const bool active = u_x < args.end_x && u_y < args.end_y;
+  const int x = unit_x + 2 + (lane & 7), y = unit_y + 2 + (lane >> 3), slot = y * kPitch + x;
+  __syncthreads();
+  barrier_wait(barrier, 0);
+
+  SingleOffsetMask om = load_single(region_c, slot, skip);
+  constexpr int kPasses = (Shape::kRing + Shape::kThreads - 1) / Shape::kThreads;
+  SingleOffsetMask ring[kPasses];
+  int ring_slot[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    int rx, ry;
+    const int number = thread + pass * Shape::kThreads;
+    ring_pixel<Shape>(number < Shape::kRing ? number : 0, rx, ry);
+    ring_slot[pass] = ry * kPitch + rx;
+    ring[pass] = load_single(region_c, ring_slot[pass], skip);
+  }
+  float products[5][5];
+  if (active) single_products<Shape>(products, region_a, region_b, slot);
+  __syncthreads();  // inputs and offsets have been read: results and weights may take their place
+
+  const uint32_t stage = region_a + warp * Shape::kInputStage;
+  const uint32_t offset_mask_stage = region_a + Shape::kWarps * Shape::kInputStage + warp * Shape::kOffsetMaskStage;
+  const int px = u_x0 - 2 + x, py = u_y0 - 2 + y;  // the pixel's u
+  const bool inside = px >= args.shift_x && px < args.width_out + args.shift_x && py >= args.shift_y &&
+                      py < args.height_out + args.shift_y;
+  unsigned far = remove_far(om, args.scale);
+  if (!inside) far = 0;
+  const bool any_far = __any_sync(window::kAllLanes, far != 0);
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp;
+  if (lane == 0) args.far_units[unit] = any_far;
+  if (any_far) args.far_masks[32 * unit + lane] = static_cast<uint16_t>(far);
+  if (active) {
+    pixel_gradients(om, products, px, py, args.scale, offset_mask_stage + 108 * lane, region_c + 100 * slot);
+    __syncwarp();
+    write_single(args, offset_mask_stage, n, group, u_x, u_y, lane);
+  } else {
+    pixel_weights(om, args.scale, region_c + 100 * slot);
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    if (thread + pass * Shape::kThreads >= Shape::kRing) continue;
+    remove_far(ring[pass], args.scale);
+    pixel_weights(ring[pass], args.scale, region_c + 100 * ring_slot[pass]);
+  }
+  __syncthreads();
+  if (active) {
+    single_input_gradient<Shape>(stage, region_c, region_b, slot, lane);
+    fence_stores();
+    __syncwarp();
+    const bool has_input = u_x >= 0 && u_y >= 0 && u_x < args.width_in && u_y < args.height_in;
+    if (lane == 0 && has_input) {
+      for (int part = 0; part < Shape::kParts; ++part) {
+        store_tile(&maps.grad_input, stage + part * 32 * 4 * Shape::kRowChannels,
+                   group * D + part * Shape::kRowChannels, u_x, u_y, n);
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace dcngen::backward
