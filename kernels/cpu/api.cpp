@@ -68,7 +68,9 @@ void check_sizes(const dcngen_dcnv4_params& p, int taps) {
   for (int size : {p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) {
     require(size >= 1 && size < 1 << 20, "kernel sizes, strides and dilations of at least 1 and less than 2^20", size);
   }
-  for (int pad : {p.pad_h, p.pad_w}) require(pad >= 0 && pad < 1 << 20, "padding of at least 0 and less than 2^20", pad);
+  for (int pad : {p.pad_h, p.pad_w}) {
+    require(pad >= 0 && pad < 1 << 20, "padding of at least 0 and less than 2^20", pad);
+  }
   require(int64_t{p.kernel_h} * p.kernel_w <= kMaxSamples, "at most 144 taps", int64_t{p.kernel_h} * p.kernel_w);
   require(taps >= 1, "at least 1 tap", taps);
   require(p.height_out == output_size(p.height_in, p.pad_h, p.dilation_h, p.kernel_h, p.stride_h),
