@@ -4,7 +4,7 @@
 // Where a reproducible result is asked for, the reductions are left to far_owner_kernel, which adds in a fixed order.
 #pragma once
 
-#include "backward_tile.cuh"
+#include "backward_stencil.cuh"
 
 namespace dcngen::backward {
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ Unit locate_unit(const FarArgs& args, int64_t number)
   return unit;
 }
 
-// One sample: the integer place of its tap and the displacement from there, its mask, the output pixel's number, the tap.
+// One sample: the integer place of its tap, the displacement from there, its mask, the output pixel's number, the tap.
 struct FarSample {
   int x, y;
   float dx, dy, mask;

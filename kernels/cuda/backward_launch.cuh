@@ -5,6 +5,7 @@
 
 #include "backward_far.cuh"
 #include "backward_single.cuh"
+#include "backward_tile.cuh"
 
 namespace dcngen::backward {
 
@@ -176,7 +177,9 @@ cudaError_t launch_both(const BackwardArgs& args, Tile shape, cudaStream_t strea
 // Shared memory that the larger tile takes; some architectures have less than sm_90.
 template <typename T>
 int shared_bytes(int group_channels) {
-  const auto of = [](auto half, auto single) { return sizeof(T) == 4 ? decltype(single)::kShared : decltype(half)::kShared; };
+  const auto of = [](auto half, auto single) {
+    return sizeof(T) == 4 ? decltype(single)::kShared : decltype(half)::kShared;
+  };
   switch (group_channels) {
     case 16: return of(TileShape<16, 2, 2>{}, SingleShape<16, 2, 2>{});
     case 32: return of(TileShape<32, 2, 2>{}, SingleShape<32, 2, 2>{});

@@ -125,8 +125,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, u
                                           int n) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], "
+      "[%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(n)
       : "memory");
 #endif

@@ -1,9 +1,9 @@
-// The tile of backward_tile.cuh for float: the same stencil, products on the ordinary units (the tensor cores would round
-// to tf32), one pixel a lane throughout. A tile holds 32 channels a row (16 where D = 16), D / 32 of them one behind the
-// other.
+// The tile of backward_tile.cuh for float: the same stencil, but products on the ordinary units (the tensor cores would
+// round to tf32), one pixel a lane throughout. A tile holds 32 channels a row (16 where D = 16), and D / 32 such parts
+// one behind the other.
 #pragma once
 
-#include "backward_tile.cuh"
+#include "backward_stencil.cuh"
 
 namespace dcngen::backward {
 
