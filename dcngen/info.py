@@ -21,8 +21,6 @@ PACKAGES = (
     "datasets",
     "safetensors",
     "jsonargparse",
-    "torchmetrics",
-    "torch-fidelity",
     "tensorboard",
     "torchvision",
 )
