@@ -18,7 +18,8 @@ struct TileArgs {
   int64_t offset_mask_stride, grad_offset_mask_stride;
   int channels;  // of grad_offset_mask; those past 27 * groups are written 0
   int groups;
-  window::FastDivide by_group, by_tiles_x, by_tiles_y;  // block = ((image * tiles_y + y) * tiles_x + x) * groups + group
+  // block = ((image * tiles_y + y) * tiles_x + x) * groups + group
+  window::FastDivide by_group, by_tiles_x, by_tiles_y;
   int width_out, height_out, width_in, height_in;
   int origin_x, origin_y;  // u of tile (0, 0)
   int end_x, end_y;        // past the last u that is an input or the middle of an output
@@ -94,8 +95,8 @@ __device__ __forceinline__ float2 displacement(uint32_t word, int i, int j, floa
                      fmaf(scale, HalfTraits<T>::high(word), (scale - 1.f) * (j - 1)));
 }
 
-// Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of these
-// the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only the
+// Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of
+// these the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only the
 // derivative is that of a cell further out.)
 template <typename T>
 __device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale) {

@@ -30,7 +30,8 @@ bool backward_window_applies(const Params& p) {
   const bool vectors = p.input_pixel_stride % vector == 0 && p.offset_mask_pixel_stride % vector == 0 &&
                        p.output_pixel_stride % vector == 0 && p.grad_input_pixel_stride % vector == 0 &&
                        p.grad_offset_mask_pixel_stride % vector == 0;
-  if (!plain_3x3 || !width || !vectors) return false;
+  const bool outputs = p.height_out > 0 && p.width_out > 0;  // the copy engine knows no empty tensor
+  if (!plain_3x3 || !width || !vectors || !outputs) return false;
   return backward::count_blocks(p, backward::choose_tile(p)) < int64_t{1} << 31 && device_fits(p);
 }
 
