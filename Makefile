@@ -16,6 +16,8 @@ INSTALL_ENV := DCNGEN_CUDA=OFF
 LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(THREADS)
 endif
+# Threads that sleep while they wait: where cores are shared, spinning ones make every step many times slower.
+export OMP_WAIT_POLICY ?= passive
 NATIVE_SOURCES := $(shell find kernels -type f) pyproject.toml
 
 .PHONY: help install demo test test-gpu lint format cuda bench clean
