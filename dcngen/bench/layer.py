@@ -70,9 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     about = provenance(device, copy_bandwidth(device))
     rows = [time_shape(shape, args.group_channels) for shape in SHAPES]
     widths = [f"dcnv4_d{d}_us" for d in args.group_channels]
-    print(f"{about['device']}, commit {about['commit']}: forward + backward, bf16 autocast, torch.compile, microseconds")
+    print(
+        f"{about['device']}, commit {about['commit']}: forward + backward, bf16 autocast, torch.compile, microseconds"
+    )
     for row in rows:
-        print(f"{row['shape']:>16}  conv3x3 {row['conv3x3_us']:8.1f}  " + "  ".join(f"{k[:-3]} {row[k]:8.1f}" for k in widths))
+        print(
+            f"{row['shape']:>16}  conv3x3 {row['conv3x3_us']:8.1f}  "
+            + "  ".join(f"{k[:-3]} {row[k]:8.1f}" for k in widths)
+        )
     for key in widths:
         ratio = geometric_mean([row[key] / row["conv3x3_us"] for row in rows])
         print(f"{key[:-3]}: {ratio:.2f} times the convolution's time (geometric mean)")

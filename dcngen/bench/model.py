@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         row = {"arm": name, "parameters": count_parameters(model), **time_step(model, args.batch_size, not args.eager)}
         rows.append({**row, "images_per_second": args.batch_size / row["step_ms"] * 1e3})
         torch.compiler.reset()
-    print(f"{about['device']}, commit {about['commit']}, batch {args.batch_size}, {'eager' if args.eager else 'compiled'}")
+    print(
+        f"{about['device']}, commit {about['commit']}, batch {args.batch_size}, {'eager' if args.eager else 'compiled'}"
+    )
     for r in rows:
         print(
             f"{r['arm']:>10}  {r['parameters'] / 1e6:7.1f}M  step {r['step_ms']:7.2f} ms  "

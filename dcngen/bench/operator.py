@@ -112,8 +112,10 @@ def check(case: Case, x: Inputs) -> dict[str, float]:
     expected = dcnv4_reference(value, offset_mask, groups=case.groups)
     gradients = torch.autograd.grad(expected, (value, offset_mask), x.grad_output[chosen].double())
     errors = {}
-    for name, ours, reference in zip(("output", "grad_input", "grad_offset_mask"), got, (expected, *gradients)):
-        difference = (ours[chosen].double() - reference).abs().max() / reference.abs().max()
+    for name, ours, reference in zip(
+        ("output", "grad_input", "grad_offset_mask"), got, (expected, *gradients), strict=True
+    ):
+        difference = (ours[chosen].double() - reference.detach()).abs().max() / reference.detach().abs().max()
         errors[name] = float(difference)
         if not errors[name] <= TOLERANCE[DTYPES[case.dtype]]:
             raise RuntimeError(
@@ -176,7 +178,7 @@ def time_released(case: Case, sets: list[Inputs]) -> None:
     if difference > 0.05:
         case.others["released_error"] = float(difference)
         return
-    for direction, function in zip(("forward", "backward"), released):
+    for direction, function in zip(("forward", "backward"), released, strict=True):
         try:
             case.others[f"released_{direction}"] = median_microseconds(lambda i: function(sets[i % len(sets)]))
         except RuntimeError as error:  # its bf16 backward, for one

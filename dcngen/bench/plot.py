@@ -22,14 +22,14 @@ def draw_operator(rows, device_name: str, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 0.34 * len(rows) + 1.6), sharey=True, layout="constrained")
     positions = range(len(rows))
-    for axis, direction in zip(axes, ("forward", "backward")):
+    for axis, direction in zip(axes, ("forward", "backward"), strict=True):
         ours = [getattr(r, f"{direction}_us") for r in rows]
         released = [r.others.get(f"released_{direction}") or float("nan") for r in rows]
         floors = [getattr(r, f"{direction}_floor_us") for r in rows]
         axis.barh(positions, released, color=RELEASED, label="released DCNv4", height=0.8)
         axis.barh(positions, ours, color=OURS, label="dcngen", height=0.5)
         axis.plot(floors, positions, "|", color=FLOOR, markersize=11, markeredgewidth=2, label="memory floor")
-        for y, (a, b) in enumerate(zip(ours, released)):
+        for y, (a, b) in enumerate(zip(ours, released, strict=True)):
             if b == b:
                 axis.text(b * 1.05, y, f"{b / a:.1f}x", va="center", fontsize=8)
         axis.set_xscale("log")

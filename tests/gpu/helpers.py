@@ -93,12 +93,14 @@ def native(geometry: Geometry, value, offset_mask, grad):
 
 def assert_close(geometry: Geometry, got, exact, plain, dtype: torch.dtype) -> None:
     """The worst error of each result is at most twice the plain-torch formula's, plus two units in the last place."""
-    for name, ours, best, same_dtype in zip(("output", "grad_input", "grad_offset_mask"), got, exact, plain):
+    for name, ours, best, same_dtype in zip(
+        ("output", "grad_input", "grad_offset_mask"), got, exact, plain, strict=True
+    ):
         assert ours.dtype == dtype and ours.shape == best.shape, f"{name}: {ours.dtype} {tuple(ours.shape)}"
         if best.numel() == 0:
             continue
         assert not torch.isnan(ours).any(), f"{name} of {geometry}: NaN"
-        scale = float(best.abs().max())
+        scale = best.detach().abs().max().item()
         error = float((ours.double() - best).abs().max())
         allowed = 2 * float((same_dtype.double() - best).abs().max()) + 2 * EPSILON[dtype] * scale
         assert error <= allowed, f"{name} of {geometry} in {dtype}: error {error:.3e}, allowed {allowed:.3e}"

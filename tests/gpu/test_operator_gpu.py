@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from gpu.helpers import DTYPES, Geometry, assert_close, check, make, native, reference
 
 # The first stages and U-Net levels at which the speed is measured, at smaller batches, then what breaks kernels.
@@ -96,7 +97,7 @@ def test_slices_of_wider_tensors(dtype):
     wide[..., :128], wide[..., 128:-8] = value, offset_mask
     whole = native(geometry, value, offset_mask, grad)
     sliced = native(geometry, wide[..., :128], wide[..., 128:-8], grad)
-    for a, b in zip(whole, sliced):
+    for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     odd = torch.randn(3, 10, 12, 131, device="cuda", dtype=dtype)  # a pixel stride that no vector access fits
     odd[..., 3:] = value
@@ -109,7 +110,9 @@ def test_layouts_that_are_not_channels_last(dtype):
     geometry = Geometry(2, 8, 9, 2, 32)
     value, offset_mask, grad = make(geometry, dtype)
     scrambled = value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    for a, b in zip(native(geometry, value, offset_mask, grad), native(geometry, scrambled, offset_mask, grad)):
+    for a, b in zip(
+        native(geometry, value, offset_mask, grad), native(geometry, scrambled, offset_mask, grad), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -149,7 +152,7 @@ def test_backward_is_reproducible_within_the_window(geometry, dtype):
     offsets.clamp_(-0.99, 0.99)
     first = native(geometry, value, offset_mask, grad)
     for _ in range(3):
-        for a, b in zip(first, native(geometry, value, offset_mask, grad)):
+        for a, b in zip(first, native(geometry, value, offset_mask, grad), strict=True):
             assert torch.equal(a, b)
 
 
@@ -161,7 +164,7 @@ def test_deterministic_algorithms_hold_for_far_samples(dtype):
     try:
         first = native(geometry, *tensors)
         for _ in range(3):
-            for a, b in zip(first, native(geometry, *tensors)):
+            for a, b in zip(first, native(geometry, *tensors), strict=True):
                 assert torch.equal(a, b)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-from gpu.helpers import Geometry, make, native
 
 from dcngen.nn import DCNv4
 from dcngen.ops import dcnv4, offset_mask_channels
+from gpu.helpers import Geometry, make, native
 
 GEOMETRY = Geometry(4, 16, 16, 4, 32)
 
@@ -51,11 +51,11 @@ def test_graph_replay_follows_new_inputs():
     with torch.cuda.graph(graph):
         captured = native(GEOMETRY, *static)
     fresh = make(GEOMETRY, torch.float16, seed=7, offset_std=0.2)
-    for target, source in zip(static, fresh):
+    for target, source in zip(static, fresh, strict=True):
         target.copy_(source)
     graph.replay()
     torch.cuda.synchronize()
-    for got, expected in zip(captured, native(GEOMETRY, *fresh)):
+    for got, expected in zip(captured, native(GEOMETRY, *fresh), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
@@ -70,8 +70,8 @@ def test_two_streams_do_not_disturb_each_other():
             with torch.cuda.stream(stream):
                 results[i] = native(GEOMETRY, *problems[i])
     torch.cuda.synchronize()
-    for got, want in zip(results, expected):
-        for a, b in zip(got, want):
+    for got, want in zip(results, expected, strict=True):
+        for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
@@ -81,7 +81,7 @@ def test_the_device_of_the_tensors_is_used():
     expected = native(GEOMETRY, value, offset_mask, grad)
     torch.cuda.set_device(0)
     other = native(GEOMETRY, *(t.to("cuda:1") for t in (value, offset_mask, grad)))
-    for a, b in zip(other, expected):
+    for a, b in zip(other, expected, strict=True):
         assert a.device == torch.device("cuda", 1)
         torch.testing.assert_close(a.to("cuda:0"), b, rtol=1e-3, atol=1e-3)
 
