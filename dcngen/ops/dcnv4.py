@@ -112,7 +112,7 @@ def _is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
     return (
         type(input) in _PLAIN_TYPES
         and type(offset_mask) in _PLAIN_TYPES
-        and (input.is_cuda and offset_mask.is_cuda or input.is_cpu and offset_mask.is_cpu)
+        and ((input.is_cuda and offset_mask.is_cuda) or (input.is_cpu and offset_mask.is_cpu))
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
