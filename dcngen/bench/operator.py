@@ -1,6 +1,6 @@
 """The operator against what is installed: the released DCNv4, torchvision, cuDNN convolution, attention, and the floor.
 
-Every time is printed only after the result passed a check against the float64 reference. A floor is the fewest bytes the
+A time is printed only after the result passed a check against the float64 reference. A floor is the fewest bytes the
 operator can move (each input read once, each output written once) over the measured copy bandwidth of the device.
 """
 
@@ -11,7 +11,9 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -166,8 +168,13 @@ def competitors(case: Case, device: torch.device):
     return table
 
 
+def _time(function: Callable[[Inputs], object], sets: list[Inputs]) -> float:
+    """Median microseconds of ``function`` over input sets that take turns, so that none is still in the cache."""
+    return median_microseconds(lambda i: function(sets[i % len(sets)]))
+
+
 def time_released(case: Case, sets: list[Inputs]) -> None:
-    """Fills ``released_forward`` and ``released_backward``; a case the released operator gets wrong counts as absent."""
+    """Fills ``released_forward`` and ``released_backward``; a case it gets wrong counts as absent."""
     released = released_operator(case)
     for direction in ("forward", "backward"):
         case.others[f"released_{direction}"] = None
@@ -180,7 +187,7 @@ def time_released(case: Case, sets: list[Inputs]) -> None:
         return
     for direction, function in zip(("forward", "backward"), released, strict=True):
         try:
-            case.others[f"released_{direction}"] = median_microseconds(lambda i: function(sets[i % len(sets)]))
+            case.others[f"released_{direction}"] = _time(function, sets)
         except RuntimeError as error:  # its bf16 backward, for one
             print(f"released {direction} at {case.shape} {case.dtype}: {error}", file=sys.stderr)
 
@@ -196,12 +203,12 @@ def time_case(case: Case, device: torch.device, bandwidth: float, with_competito
     case.error = check(case, first)
     case.forward_floor_us = (2 * activation + offsets) / bandwidth * 1e6
     case.backward_floor_us = (3 * activation + 2 * offsets) / bandwidth * 1e6
-    case.forward_us = median_microseconds(lambda i: ours_forward(case, sets[i % len(sets)]))
-    case.backward_us = median_microseconds(lambda i: ours_backward(case, sets[i % len(sets)]))
+    case.forward_us = _time(partial(ours_forward, case), sets)
+    case.backward_us = _time(partial(ours_backward, case), sets)
     time_released(case, sets)
     if with_competitors:
         for name, function in competitors(case, device).items():
-            case.others[name] = median_microseconds(lambda i: function(sets[i % len(sets)]))
+            case.others[name] = _time(function, sets)
     return case
 
 
