@@ -60,13 +60,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Compiles, loads and asks the library; a machine without a GPU answers with a clear error at the first launch.
+# Compiles and loads; a machine without a GPU answers with a clear error at the first launch.
 cuda: $(STAMP)
-	$(BIN)/cmake -S kernels -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DDCNGEN_REQUIRE=cuda \
-		-DDCNGEN_CPU=OFF -DDCNGEN_CUDA=ON -DDCNGEN_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)"
-	$(BIN)/cmake --build build/cuda
-	DCNGEN_LIBRARY_DIR=build/cuda $(PY) -c "from dcngen.ops import native; l = native.cuda_library(); \
-		print('libdcngen_cuda loads; architectures', l.dcngen_cuda_architectures().decode())"
+	$(PY) -m dcngen.ops.build --cuda-architectures "$(CUDA_ARCHITECTURES)" --out build/cuda
 
 bench: $(STAMP)
 	$(PY) -m dcngen bench operator
