@@ -9,7 +9,7 @@
 
 namespace dcngen::window {
 
-// ----------------------------------------------------------------------------------------------------------- device side
+// --------------------------------------------------------------------------------------------------------- device side
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
@@ -40,7 +40,7 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, in
       : "memory");
 }
 
-// ------------------------------------------------------------------------------------------------------------- host side
+// ----------------------------------------------------------------------------------------------------------- host side
 
 // A (batch, height, width, channels) tensor of 16-bit values, read in boxes of box_h x box_w pixels x box_channels.
 // `swizzled`: the box is 64 channels wide and its 16-byte chunks are permuted by the pixel's number modulo 8.

@@ -1,5 +1,7 @@
-// Far samples of the window forward: those that leave the reach of their stencil are gathered, from the input tile in
-// shared memory where that holds all four corners and from global memory elsewhere, and added to the fp32 sums.
+// Far samples of the window forward: those that leave the reach of their stencil are gathered from global memory.
+//
+// Where few samples are far, add_far_taps adds them to the sums of the products. A warp with many of them gathers all
+// its samples instead (gather_taps): one path whose cost does not depend on the offsets.
 #pragma once
 
 #include "window.cuh"
@@ -9,7 +11,6 @@ namespace dcngen::window {
 // What gathering needs of the problem; strides in elements.
 struct FarContext {
   int height_in, width_in, width_out, pad_h, pad_w;
-  int tile_y, tile_x;  // the input pixel at the corner of the tile
   int64_t input_stride, offset_mask_stride;
   float scale;
 };
@@ -62,30 +63,11 @@ struct Blend<__nv_bfloat16> {
   }
 };
 
-// Sampling places in shared memory: per place four corner weights and one word, where the first corner lies. For
-// samples in the tile that is the tile's pixel. For others it is the distance from the image's first value in units of
-// 16 bytes (times 4) with two bits: the second column and row lie one further.
-template <typename T, typename Tile, int ROWS, int SLOTS>
+// Sampling places in shared memory: per place four corner weights and one word, the first corner's distance from the
+// image's first value in units of 16 bytes (times 4) with two bits: the second column and row lie one further.
+template <typename T, int ROWS, int SLOTS>
 struct FarPlaces {
   static constexpr int WORDS_AT = ROWS * SLOTS * 16, BYTES = WORDS_AT + ROWS * SLOTS * 4;
-
-  static __device__ __forceinline__ bool in_tile(const FarContext& c, float x, float y) {
-    const float to_x = x - static_cast<float>(c.tile_x), to_y = y - static_cast<float>(c.tile_y);
-    return to_x >= 0.f && to_y >= 0.f && to_x < static_cast<float>(Tile::COLUMNS - 1) &&
-           to_y < static_cast<float>(Tile::ROWS - 1);
-  }
-
-  // The tile is zero outside the image, which is the boundary rule.
-  static __device__ __forceinline__ void store_in_tile(uint32_t to, int place, const FarContext& c, float x, float y,
-                                                       float mask) {
-    const float floor_x = floorf(x), floor_y = floorf(y), lx = x - floor_x, ly = y - floor_y;
-    const int row = static_cast<int>(floor_y) - c.tile_y, column = static_cast<int>(floor_x) - c.tile_x;
-    const float upper = mask * (1.f - ly), lower = mask * ly;
-    const uint4 weights =
-        Blend<T>::weights(upper * (1.f - lx), upper * lx, lower * (1.f - lx), lower * lx);
-    store_shared16(to + place * 16, weights.x, weights.y, weights.z, weights.w);
-    store_shared(to + WORDS_AT + place * 4, row * Tile::COLUMNS + column);
-  }
 
   // Corners outside the image get weight 0 and the address of one inside; a place that does not count gets only zeros.
   static __device__ __forceinline__ void store(uint32_t to, int place, const FarContext& c, float x, float y,
@@ -106,50 +88,35 @@ struct FarPlaces {
                  pixel * static_cast<uint32_t>(c.input_stride / 8) << 2 | (top && bottom ? 2 : 0) | (left && right));
   }
 
-  static __device__ __forceinline__ void blend(float (&sum)[8], const uint4& weights, const uint4& v00,
-                                               const uint4& v01, const uint4& v10, const uint4& v11) {
-    Blend<T>::add(sum[0], sum[1], weights, v00.x, v01.x, v10.x, v11.x);
-    Blend<T>::add(sum[2], sum[3], weights, v00.y, v01.y, v10.y, v11.y);
-    Blend<T>::add(sum[4], sum[5], weights, v00.z, v01.z, v10.z, v11.z);
-    Blend<T>::add(sum[6], sum[7], weights, v00.w, v01.w, v10.w, v11.w);
-  }
-
-  // Add the sample's eight channels: chunk `chunk` of the tile, or those from `image` on in the image's first pixel.
-  static __device__ __forceinline__ void gather_in_tile(float (&sum)[8], uint32_t from, int place, uint32_t tile,
-                                                        int chunk) {
-    const uint4 weights = load_shared16(from + place * 16);
-    const int pixel = static_cast<int>(load_shared(from + WORDS_AT + place * 4));
-    const uint4 v00 = load_shared16(Tile::address(tile, 0, pixel, chunk));
-    const uint4 v01 = load_shared16(Tile::address(tile, 0, pixel + 1, chunk));
-    const uint4 v10 = load_shared16(Tile::address(tile, 1, pixel, chunk));
-    const uint4 v11 = load_shared16(Tile::address(tile, 1, pixel + 1, chunk));
-    blend(sum, weights, v00, v01, v10, v11);
-  }
+  // Adds the sample's eight channels; `image` points to the first of them in the image's first pixel.
   static __device__ __forceinline__ void gather(float (&sum)[8], uint32_t from, int place, const FarContext& c,
                                                 const T* image) {
+    const uint4 weights = load_shared16(from + place * 16);
     const uint32_t word = load_shared(from + WORDS_AT + place * 4), first = word >> 2;
     const uint32_t column = static_cast<uint32_t>(c.input_stride / 8);
     const uint32_t right = word & 1 ? column : 0, down = word & 2 ? column * c.width_in : 0;
     const uint4* base = reinterpret_cast<const uint4*>(image);
     const uint4 v00 = load_global16(base + first), v01 = load_global16(base + (first + right));
     const uint4 v10 = load_global16(base + (first + down)), v11 = load_global16(base + (first + down + right));
-    blend(sum, load_shared16(from + place * 16), v00, v01, v10, v11);
+    Blend<T>::add(sum[0], sum[1], weights, v00.x, v01.x, v10.x, v11.x);
+    Blend<T>::add(sum[2], sum[3], weights, v00.y, v01.y, v10.y, v11.y);
+    Blend<T>::add(sum[4], sum[5], weights, v00.z, v01.z, v10.z, v11.z);
+    Blend<T>::add(sum[6], sum[7], weights, v00.w, v01.w, v10.w, v11.w);
   }
 };
 
 // Adds the far taps of a unit to its sums. `far` has the taps' bits in the lane that owns the pixel; (oy, ox) is the
 // unit's first pixel. `image_taps` and `image` point to the group's offsets and to the pass' first channel in the
 // image; the offsets are read again, since keeping them would cost every warp the registers. `scratch` is the unit's S.
-template <typename T, typename Tile, int CHUNKS>
+template <typename T, int CHUNKS>
 __device__ __forceinline__ void add_far_taps(float (&sums)[CHUNKS][4], const FarContext& c, unsigned far, int unit,
-                                             int oy, int ox, const T* image_taps, const T* image, uint32_t tile,
-                                             int tile_chunk, uint32_t scratch, int lane) {
+                                             int oy, int ox, const T* image_taps, const T* image, uint32_t scratch,
+                                             int lane) {
   // ROWS pixels at a time; a lane computes the places of every LANES-th tap and gathers eight channels of one pixel.
   constexpr int ROWS = CHUNKS == 4 ? 8 : 16, LANES = 32 / ROWS;
   constexpr int SLOTS = ROWS == 8 ? kTaps : 5;  // taps whose places are in shared memory at a time
-  constexpr int STEPS = (SLOTS + LANES - 1) / LANES;
-  using Places = FarPlaces<T, Tile, ROWS, SLOTS>;
-  static_assert(Places::BYTES <= StencilMatrix::BYTES && ROWS * CHUNKS * 32 <= StencilMatrix::BYTES, "fits in S");
+  using Places = FarPlaces<T, ROWS, SLOTS>;
+  static_assert(Places::BYTES <= StencilMatrix::BYTES && ROWS * CHUNKS * 32 <= StencilMatrix::BYTES, "fits where S is");
   const int row = lane / CHUNKS % ROWS, chunk = lane % CHUNKS;
   const bool gathers = lane < ROWS * CHUNKS;
 #pragma unroll 1
@@ -163,46 +130,22 @@ __device__ __forceinline__ void add_far_taps(float (&sums)[CHUNKS][4], const Far
 #pragma unroll 1
     for (int first_tap = 0; first_tap < kTaps; first_tap += SLOTS) {
       const unsigned computed = far_computed >> first_tap & ((1u << SLOTS) - 1);
-      float at_x[STEPS], at_y[STEPS];
-      unsigned in_tile = 0;
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
+      for (int step = 0; step < (SLOTS + LANES - 1) / LANES; ++step) {
         const int bit = step * LANES + lane % LANES, k = first_tap + bit;
         if (!(computed >> bit & 1)) continue;
-        at_x[step] = static_cast<float>(x + 1 - c.pad_w) +
-                     c.scale * (static_cast<float>(k / 3 - 1) + Dtype<T>::low(values[2 * k]));
-        at_y[step] = static_cast<float>(y + 1 - c.pad_h) +
-                     c.scale * (static_cast<float>(k % 3 - 1) + Dtype<T>::low(values[2 * k + 1]));
-        if (Places::in_tile(c, at_x[step], at_y[step])) in_tile |= 1u << bit;
-      }
-#pragma unroll
-      for (int step = 1; step < LANES; step *= 2) in_tile |= __shfl_xor_sync(kAllLanes, in_tile, step);
-      // A pixel's samples in the tile fill its slots from the front, the others from the back.
-#pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        const int bit = step * LANES + lane % LANES, first_slot = lane / LANES * SLOTS;
-        if (!(computed >> bit & 1)) continue;
-        const float mask = Dtype<T>::low(values[2 * kTaps + first_tap + bit]);
-        const unsigned before = (1u << bit) - 1;
-        if (in_tile >> bit & 1) {
-          Places::store_in_tile(scratch, first_slot + __popc(in_tile & before), c, at_x[step], at_y[step],
-                                 mask);
-        } else {
-          Places::store(scratch, first_slot + SLOTS - 1 - __popc(computed & ~in_tile & before), c, at_x[step],
-                        at_y[step], mask);
-        }
+        const float at_x = static_cast<float>(x + 1 - c.pad_w) +
+                           c.scale * (static_cast<float>(k / 3 - 1) + Dtype<T>::low(values[2 * k]));
+        const float at_y = static_cast<float>(y + 1 - c.pad_h) +
+                           c.scale * (static_cast<float>(k % 3 - 1) + Dtype<T>::low(values[2 * k + 1]));
+        const int slot = __popc(computed & ((1u << bit) - 1));
+        Places::store(scratch, lane / LANES * SLOTS + slot, c, at_x, at_y, Dtype<T>::low(values[2 * kTaps + k]));
       }
       __syncwarp();
-      const unsigned gathered = gathers ? far_gathered >> first_tap & ((1u << SLOTS) - 1) : 0;
-      const int count_in_tile = __popc(gathered & __shfl_sync(kAllLanes, in_tile, row * LANES));
-      const int count_outside = __popc(gathered) - count_in_tile;
+      const int count = gathers ? __popc(far_gathered >> first_tap & ((1u << SLOTS) - 1)) : 0;
 #pragma unroll 1
-      for (int slot = 0; slot < count_in_tile; ++slot) {
-        Places::gather_in_tile(sum, scratch, row * SLOTS + slot, tile, tile_chunk + chunk);
-      }
-#pragma unroll 1
-      for (int slot = 0; slot < count_outside; ++slot) {
-        Places::gather(sum, scratch, row * SLOTS + SLOTS - 1 - slot, c, image + chunk * 8);
+      for (int slot = 0; slot < count; ++slot) {
+        Places::gather(sum, scratch, row * SLOTS + slot, c, image + chunk * 8);
       }
       __syncwarp();
     }
@@ -226,6 +169,47 @@ __device__ __forceinline__ void add_far_taps(float (&sums)[CHUNKS][4], const Far
       }
     }
     __syncwarp();
+  }
+}
+
+// The result of 32 (pixel, group) pairs by a gather of all taps. Lane l owns pair l: its offsets are `taps`, its pixel
+// is (oy, ox), `valid` says whether it exists. store(pair, chunk, words) takes eight channels' results; image_of(pair)
+// points to the pair's first channel of CHUNKS chunks in the image. `scratch` holds two matrices S.
+template <typename T, int CHUNKS, typename ImageOf, typename Store>
+__device__ __forceinline__ void gather_taps(const FarContext& c, const Taps& taps, bool valid, int oy, int ox,
+                                            uint32_t scratch, int lane, ImageOf image_of, Store store) {
+  constexpr int SLOTS = 5, PAIRS = 32 / CHUNKS;  // taps whose places are in shared memory at a time; pairs of one pass
+  using Places = FarPlaces<T, 32, SLOTS>;
+  static_assert(Places::BYTES <= 2 * StencilMatrix::BYTES, "the places are written where S is in the other path");
+  const int pair_in_pass = lane / CHUNKS, chunk = lane % CHUNKS;
+  const float base_x = static_cast<float>(ox + 1 - c.pad_w), base_y = static_cast<float>(oy + 1 - c.pad_h);
+  float sum[CHUNKS][8] = {};
+#pragma unroll
+  for (int first_tap = 0; first_tap < kTaps; first_tap += SLOTS) {
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      const int k = first_tap + slot;
+      if (k >= kTaps) break;
+      const float x = base_x + c.scale * (static_cast<float>(k / 3 - 1) + Dtype<T>::low(taps.word[k]));
+      const float y = base_y + c.scale * (static_cast<float>(k % 3 - 1) + Dtype<T>::high(taps.word[k]));
+      Places::store(scratch, lane * SLOTS + slot, c, x, y, valid ? taps.mask<T>(k) : 0.f);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int pass = 0; pass < CHUNKS; ++pass) {
+      const int pair = pass * PAIRS + pair_in_pass, count = first_tap + SLOTS <= kTaps ? SLOTS : kTaps - first_tap;
+      const T* image = image_of(pair) + chunk * 8;
+#pragma unroll 1
+      for (int slot = 0; slot < count; ++slot) Places::gather(sum[pass], scratch, pair * SLOTS + slot, c, image);
+    }
+    __syncwarp();
+  }
+#pragma unroll
+  for (int pass = 0; pass < CHUNKS; ++pass) {
+    const float(&v)[8] = sum[pass];
+    using D = Dtype<T>;
+    store(pass * PAIRS + pair_in_pass, chunk,
+          make_uint4(D::pack(v[0], v[1]), D::pack(v[2], v[3]), D::pack(v[4], v[5]), D::pack(v[6], v[7])));
   }
 }
 

@@ -21,7 +21,8 @@ bool forward_window_applies(const Params& p) {
   const int values = p.dtype == DCNGEN_FLOAT32 ? 4 : 8;
   const bool vectors = p.group_channels % 8 == 0 && p.input_pixel_stride % values == 0 &&
                        p.offset_mask_pixel_stride % values == 0 && p.output_pixel_stride % values == 0 &&
-                       p.offset_mask_channels % values == 0 && p.offset_mask_channels >= window::kGroupValues * p.groups;
+                       p.offset_mask_channels % values == 0 &&
+                       p.offset_mask_channels >= window::kGroupValues * p.groups;
   // Far samples address an image in 30 bits of 16 bytes.
   const bool addressable = p.height_in * p.width_in * (p.input_pixel_stride / 8) < int64_t{1} << 30;
   return plain_3x3 && vectors && addressable && most_blocks(p) < int64_t{1} << 31;

@@ -5,8 +5,6 @@
 // multiplies S by the window. Far samples are left out of S and gathered into the fp32 sums afterwards.
 #pragma once
 
-#include <atomic>
-
 #include "forward_bulk.cuh"
 #include "forward_far.cuh"
 #include "window.cuh"
@@ -32,7 +30,7 @@ template <int CHANNELS_, bool BULK_>
 struct ForwardShape {
   static constexpr bool BULK = BULK_;
   static constexpr int CHANNELS = CHANNELS_;                    // channels of a slice
-  static constexpr int TILE_H = 8, TILE_W = 8;           // output pixels of a block
+  static constexpr int TILE_H = 8, TILE_W = 8;                  // output pixels of a block
   static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
   static constexpr int PIXEL_BLOCKS = TILE_H / 4 * BLOCKS_X;
   static constexpr int SLICES = kTileChannels / CHANNELS;       // slices of a block
@@ -55,7 +53,7 @@ struct ForwardShape {
   static constexpr int BYTES = BARRIERS_AT + (WARPS + 1) * 8;
   static_assert(TAPS_BYTES % 128 == 0 && WARP_BYTES % 128 == 0, "the copy engine writes to multiples of 128 bytes");
   // Blocks a multiprocessor should hold: what shared memory allows, but with registers enough that nothing spills.
-  static constexpr int REGISTERS = 96;
+  static constexpr int REGISTERS = WARP_TASKS > 1 ? 128 : 96;
   static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (REGISTERS * THREADS);
   static constexpr int MIN_BLOCKS = BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
 
@@ -70,6 +68,13 @@ struct ForwardShape {
     return (m * PASS_CHUNKS + (chunk ^ (m * PASS_CHUNKS / 8 % PASS_CHUNKS))) * 16;
   }
 };
+
+// A warp with more far taps than this (of 32 * 9) gathers all its taps.
+constexpr int kManyFarTaps = 32;
+
+__device__ __forceinline__ FarContext far_context(const ForwardWindow& p) {
+  return {p.height_in, p.width_in, p.width_out, p.pad_h, p.pad_w, p.input_stride, p.offset_mask_stride, p.scale.scale};
+}
 
 // Where a thread's block lies, and a pixel of it in the output.
 struct OutputTile {
@@ -174,8 +179,8 @@ __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const Outpu
     __syncthreads();
   } else {
     copy_offset_mask<typename Shape::Span, 32>(
-        own, reinterpret_cast<const char*>(image_taps()), p.offset_mask_stride * 2, first_value * 2, p.offset_mask_bytes,
-        Shape::WARP_PIXEL_BLOCKS * 16, lane, [&](int q) {
+        own, reinterpret_cast<const char*>(image_taps()), p.offset_mask_stride * 2, first_value * 2,
+        p.offset_mask_bytes, Shape::WARP_PIXEL_BLOCKS * 16, lane, [&](int q) {
           const int block = first_block + (q >> 4);
           return at.pixel(p, Shape::block_y(block) + ((q >> 2) & 3), Shape::block_x(block) + (q & 3));
         });
@@ -227,7 +232,7 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   auto pixel_of = [&](int block, int m) {
     return at.pixel(p, Shape::block_y(block) + (m >> 2), Shape::block_x(block) + (m & 3));
   };
-  // The lane's (pixel, group) of a task is row m of unit u: unit u is pixel block first_block + u or slice 2 * task + u.
+  // A lane's (pixel, group) of a task is row m of a unit; unit u is pixel block first_block + u or slice 2 * task + u.
   const int m = lane & 15, unit_of_lane = lane >> 4;
   const int lane_block = first_block + (Shape::SLICES == 1 ? unit_of_lane : 0);
   auto lane_slice = [&](int task) { return first_slice + (Shape::SLICES == 1 ? 0 : 2 * task + unit_of_lane); };
@@ -248,19 +253,39 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   for (int task = 0; task < Shape::WARP_TASKS; ++task) {
     const Taps& taps = all_taps[task];
     unsigned far = 0;
+    bool gather_all = false;
     {
       float stencil[5][5];
       if (__any_sync(kAllLanes, may_be_far<T>(taps, p.scale))) {
         far = far_taps<T>(taps, p.scale);
-        stencil_weights<T, true>(stencil, taps, p.scale, far);
         if (lane_slice(task) >= p.slices || pixel_of(lane_block, m) < 0) far = 0;
+        gather_all = __reduce_add_sync(kAllLanes, __popc(far)) > kManyFarTaps;
+        if (!gather_all) stencil_weights<T, true>(stencil, taps, p.scale, far);
       } else {
         stencil_weights<T>(stencil, taps, p.scale);
       }
-      StencilMatrix::store_row<T>(own + unit_of_lane * StencilMatrix::BYTES, m, stencil);
+      if (!gather_all) StencilMatrix::store_row<T>(own + unit_of_lane * StencilMatrix::BYTES, m, stencil);
     }
-    if (task == 0) wait_for_input<Shape>(tile);
+    if (task == 0) wait_for_input<Shape>(tile);  // also where unused: the block must not end while it arrives
     __syncwarp();
+    if (gather_all) {
+      auto block_of = [&](int pair) { return first_block + (Shape::SLICES == 1 ? pair >> 4 : 0); };
+      auto slice_of = [&](int pair) { return first_slice + (Shape::SLICES == 1 ? 0 : 2 * task + (pair >> 4)); };
+#pragma unroll 1
+      for (int pass = 0; pass < Shape::PASSES; ++pass) {
+        auto channel_of = [&](int pair) { return slice_of(pair) * Shape::CHANNELS + pass * Shape::PASS_CHANNELS; };
+        gather_taps<T, Shape::PASS_CHUNKS>(
+            far_context(p), taps, lane_slice(task) < p.slices && pixel_of(lane_block, m) >= 0,
+            at.y0 + Shape::block_y(lane_block) + (m >> 2), at.x0 + Shape::block_x(lane_block) + (m & 3), own, lane,
+            [&](int pair) { return image() + (slice_of(pair) < p.slices ? channel_of(pair) : 0); },
+            [&](int pair, int chunk, uint4 value) {
+              const int pixel = pixel_of(block_of(pair), pair & 15);
+              if (pixel < 0 || slice_of(pair) >= p.slices) return;
+              store_global16(output + pixel * p.output_stride + channel_of(pair) + chunk * 8, value);
+            });
+      }
+      continue;
+    }
     const bool any_far = __any_sync(kAllLanes, far != 0);
 
 #pragma unroll 1
@@ -280,12 +305,9 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
         float sums[Shape::PASS_CHUNKS][4] = {};
         if (any_far) {
           const int group = static_cast<int>(p.slices_per_group.divide(slice));
-          const FarContext context{p.height_in, p.width_in,           p.width_out,        p.pad_h,
-                                   p.pad_w,     at.y0 - p.pad_h - 1,  at.x0 - p.pad_w - 1, p.input_stride,
-                                   p.offset_mask_stride, p.scale.scale};
-          add_far_taps<T, Tile>(sums, context, far, unit, at.y0 + Shape::block_y(block), at.x0 + Shape::block_x(block),
-                                image_taps() + group * kGroupValues, image() + first_channel, tile,
-                                chunk + pass * Shape::PASS_CHUNKS, matrix, lane);
+          add_far_taps<T>(sums, far_context(p), far, unit, at.y0 + Shape::block_y(block),
+                          at.x0 + Shape::block_x(block), image_taps() + group * kGroupValues, image() + first_channel,
+                          matrix, lane);
         }
         multiply<Tile, T>(sums, a, tile, Shape::block_y(block), Shape::block_x(block),
                           chunk + pass * Shape::PASS_CHUNKS, lane);
@@ -308,21 +330,9 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
 #endif
 }
 
-// ------------------------------------------------------------------------------------------------------------ launching
+// ---------------------------------------------------------------------------------------------------------- launching
 
-// Whether the code that runs on the current device was compiled for sm_90 or later, asked once a device.
-inline bool bulk_copies() {
-  constexpr int kDevices = 64;
-  static std::atomic<signed char> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (device < kDevices && known[device] != 0) return known[device] == 2;
-  cudaFuncAttributes attributes;
-  const bool yes = cudaFuncGetAttributes(&attributes, forward_window_kernel<__half, ForwardShape<64, true>>) ==
-                       cudaSuccess && attributes.ptxVersion >= 90;
-  if (device < kDevices) known[device] = yes ? 2 : 1;
-  return yes;
-}
+bool bulk_copies();  // whether the current device runs code for sm_90 or later; forward_window_fp16.cu
 
 template <typename Shape>
 cudaError_t encode_maps(ForwardWindow& window, const Params& p) {

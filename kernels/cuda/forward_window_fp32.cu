@@ -1,5 +1,5 @@
-// The window forward for fp32: the same stencils as for 16-bit values (window.cuh), applied by fp32 multiply-adds, since
-// the tensor cores round fp32 operands to ten bits.
+// The window forward for fp32: the same stencils as for 16-bit values (window.cuh), applied by fp32 multiply-adds,
+// since the tensor cores round fp32 operands to ten bits.
 //
 // A block computes 8x8 output pixels x 32 channels. First a thread a (pixel, group) turns offsets and masks into a
 // stencil in shared memory; then every thread computes four neighbouring pixels x four channels from an input window of
@@ -58,28 +58,37 @@ __device__ __forceinline__ unsigned make_stencil(uint32_t values, uint32_t stenc
   return far;
 }
 
-// sum += the far taps of output pixel (oy, ox); `values` are its group's offsets, `image` the first of four channels.
-__device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Problem& p, const float* values,
+// sum += the far taps of output pixel (oy, ox), whose offsets stand at `values` in shared memory; `image` points to the
+// first of four channels. Corners outside the image get weight 0 and the address of one inside.
+__device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Problem& p, uint32_t values,
                                         const float* image, int oy, int ox) {
+  const float base_x = static_cast<float>(ox + 1 - p.pad_w), base_y = static_cast<float>(oy + 1 - p.pad_h);
 #pragma unroll 1
   for (; far; far &= far - 1) {
     const int k = __ffs(far) - 1;
-    const float mask = values[2 * kTaps + k];
-    const float x = static_cast<float>(ox + 1 - p.pad_w) + p.scale.scale * (static_cast<float>(k / 3 - 1) + values[2 * k]);
-    const float y =
-        static_cast<float>(oy + 1 - p.pad_h) + p.scale.scale * (static_cast<float>(k % 3 - 1) + values[2 * k + 1]);
+    const float mask = __uint_as_float(load_shared(values + (2 * kTaps + k) * 4));
+    const float dx = __uint_as_float(load_shared(values + 8 * k));
+    const float dy = __uint_as_float(load_shared(values + 8 * k + 4));
+    const float x = base_x + p.scale.scale * (static_cast<float>(k / 3 - 1) + dx);
+    const float y = base_y + p.scale.scale * (static_cast<float>(k % 3 - 1) + dy);
     if (!(x > -1.f && y > -1.f && x < static_cast<float>(p.width_in) && y < static_cast<float>(p.height_in))) continue;
-    const float lx = x - floorf(x), ly = y - floorf(y);
-    const int x0 = static_cast<int>(floorf(x)), y0 = static_cast<int>(floorf(y));
+    const float floor_x = floorf(x), floor_y = floorf(y), lx = x - floor_x, ly = y - floor_y;
+    const int x0 = static_cast<int>(floor_x), y0 = static_cast<int>(floor_y);
+    const bool left = x0 >= 0, right = x0 + 1 < p.width_in, top = y0 >= 0, bottom = y0 + 1 < p.height_in;
+    const float upper = top ? mask * (1.f - ly) : 0.f, lower = bottom ? mask * ly : 0.f;
+    const float weights[4] = {left ? upper * (1.f - lx) : 0.f, right ? upper * lx : 0.f,
+                              left ? lower * (1.f - lx) : 0.f, right ? lower * lx : 0.f};
+    const float* from = image + static_cast<int64_t>((top ? y0 : 0) * p.width_in + (left ? x0 : 0)) * p.input_stride;
+    const int64_t step_x = left && right ? p.input_stride : 0;
+    const int64_t step_y = top && bottom ? p.input_stride * p.width_in : 0;
+    const uint4 corners[4] = {load_global16(from), load_global16(from + step_x), load_global16(from + step_y),
+                              load_global16(from + step_y + step_x)};
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      const int cx = x0 + (corner & 1), cy = y0 + (corner >> 1);
-      if (cx < 0 || cy < 0 || cx >= p.width_in || cy >= p.height_in) continue;
-      const float weight = mask * (corner & 1 ? lx : 1.f - lx) * (corner >> 1 ? ly : 1.f - ly);
-      const float4 v =
-          __ldg(reinterpret_cast<const float4*>(image + static_cast<int64_t>(cy * p.width_in + cx) * p.input_stride));
-      sum[0] = fmaf(weight, v.x, sum[0]), sum[1] = fmaf(weight, v.y, sum[1]);
-      sum[2] = fmaf(weight, v.z, sum[2]), sum[3] = fmaf(weight, v.w, sum[3]);
+    for (int i = 0; i < 4; ++i) {
+      sum[0] = fmaf(weights[i], __uint_as_float(corners[i].x), sum[0]);
+      sum[1] = fmaf(weights[i], __uint_as_float(corners[i].y), sum[1]);
+      sum[2] = fmaf(weights[i], __uint_as_float(corners[i].z), sum[2]);
+      sum[3] = fmaf(weights[i], __uint_as_float(corners[i].w), sum[3]);
     }
   }
 }
@@ -158,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
     if (oy >= p.height_out || ox >= p.width_out) return;
     const int64_t pixel = oy * p.width_out + ox;
     if (far_of[i]) {
-      add_far(sum[i], far_of[i], p, image_taps + pixel * p.offset_mask_stride + group * kGroupValues, image + channel,
-              oy, ox);
+      const uint32_t values = tile + S::TAPS_AT + (row * kTile + column + i) * S::Span::PITCH - first_byte;
+      add_far(sum[i], far_of[i], p, values + group * kGroupValues * 4, image + channel, oy, ox);
     }
     *reinterpret_cast<float4*>(p.output + (first_output + pixel) * p.output_stride + channel) =
         make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);

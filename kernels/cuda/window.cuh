@@ -1,9 +1,9 @@
 // Building blocks of the window kernels: DCNv4 with a 3x3 kernel, stride 1, dilation 1 as dense products.
 //
-// A sample within one pixel of its integer anchor ("near") is a weighted sum over the 3x3 neighbours of the anchor, with
-// weights that are hat functions of its displacement. The nine taps of one (pixel, group) together are a 5x5 stencil
-// whose 25 places are known at compile time. For a block of 4x4 output pixels the stencils lie in a window of 8x8 input
-// pixels, so that  out (16 x D) = S (16 x 64) * X_window (64 x D)  on the tensor cores. Conventions:
+// A sample within one pixel of its integer anchor ("near") is a weighted sum over the 3x3 neighbours of the anchor,
+// with weights that are hat functions of its displacement. The nine taps of one (pixel, group) together are a 5x5
+// stencil whose 25 places are known at compile time. For a block of 4x4 output pixels the stencils lie in a window of
+// 8x8 input pixels, so that  out (16 x D) = S (16 x 64) * X_window (64 x D)  on the tensor cores. Conventions:
 //   pixel m of a block   row m / 4, column m % 4
 //   window pixel k       row k / 8, column k % 8; window pixel (0, 0) is input pixel (oy - pad - 1, ox - pad - 1)
 //   stencil [y][x]       weight of window pixel (m / 4 + y, m % 4 + x)
@@ -48,7 +48,8 @@ struct Dtype<__half> {
   }
   // max(a, |b|) of both halves; NaN wins.
   static __device__ __forceinline__ uint32_t max_abs(uint32_t a, uint32_t b) {
-    const __half2 v = __hmax2_nan(*reinterpret_cast<const __half2*>(&a), __habs2(*reinterpret_cast<const __half2*>(&b)));
+    const __half2 v =
+        __hmax2_nan(*reinterpret_cast<const __half2*>(&a), __habs2(*reinterpret_cast<const __half2*>(&b)));
     return *reinterpret_cast<const uint32_t*>(&v);
   }
   // d += a (16 x 16, rows) * b (16 x 8, columns).
@@ -68,8 +69,8 @@ struct Dtype<__nv_bfloat16> {
   static __device__ __forceinline__ float low(uint32_t word) { return __uint_as_float(word << 16); }
   static __device__ __forceinline__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
   static __device__ __forceinline__ uint32_t max_abs(uint32_t a, uint32_t b) {
-    const __nv_bfloat162 v =
-        __hmax2_nan(*reinterpret_cast<const __nv_bfloat162*>(&a), __habs2(*reinterpret_cast<const __nv_bfloat162*>(&b)));
+    const __nv_bfloat162 v = __hmax2_nan(*reinterpret_cast<const __nv_bfloat162*>(&a),
+                                         __habs2(*reinterpret_cast<const __nv_bfloat162*>(&b)));
     return *reinterpret_cast<const uint32_t*>(&v);
   }
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -206,9 +207,10 @@ struct FastDivide {
 
 // ---------------------------------------------------------------------------------------- pixel tiles in shared memory
 
-// A tile of ROWS x COLUMNS pixels, 128 bytes a pixel: 64 channels of 16 bits or 32 of fp32. The 16-byte chunks of a pixel are permuted by its
-// number in the tile so that eight neighbouring pixels of a row, read at one chunk (ldmatrix), lie in different banks;
-// this is the 128-byte swizzle of the bulk copy engine for a tile aligned to 1024 bytes.
+// A tile of ROWS x COLUMNS pixels, 128 bytes a pixel: 64 channels of 16 bits or 32 of fp32. The 16-byte chunks of a
+// pixel are permuted by its number in the tile so that eight neighbouring pixels of a row, read at one chunk
+// (ldmatrix), lie in different banks; for a tile aligned to 1024 bytes this is the 128-byte swizzle of the bulk copy
+// engine.
 template <int ROWS_, int COLUMNS_>
 struct PixelTile {
   static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_;
