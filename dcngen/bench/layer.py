@@ -52,6 +52,7 @@ def time_shape(shape: tuple[int, int, int, int], group_channels: list[int]) -> d
     compiled = torch.compile(convolution, dynamic=False)
     row["conv3x3_us"] = median_microseconds(forward_backward(compiled, image, grad.permute(0, 3, 1, 2)))
     for d in group_channels:
+        torch.compiler.reset()  # each layer is a new set of shapes for the same code, which dynamo counts
         compiled = torch.compile(dcn_layer(c, d), dynamic=False, fullgraph=True)
         row[f"dcnv4_d{d}_us"] = median_microseconds(forward_backward(compiled, x, grad))
     return row

@@ -87,6 +87,7 @@ def backward_cuda(
     library = native_library("cuda", input.dtype)
     if library is None:
         return _backward_reference(grad_output, input, offset_mask, scalars)
+    grad_output, input, offset_mask = _aligned(grad_output), _aligned(input), _aligned(offset_mask)
     plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars)
     grad_input, grad_offset_mask = input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape)
     device = input.get_device()
@@ -119,6 +120,11 @@ def backward(
     grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return (backward_cuda if input.is_cuda else backward_cpu)(grad_output, input, offset_mask, *scalars)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy where it does not begin on the 16 bytes that the copy engine of the backward needs."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu.helpers import DTYPES, Geometry, assert_close, check, make, native, reference
+from gpu.helpers import DTYPES, EPSILON, Geometry, assert_close, check, make, native, reference
 
 # The first stages and U-Net levels at which the speed is measured, at smaller batches, then what breaks kernels.
 BENCHMARK_SHAPES = [
@@ -103,6 +103,19 @@ def test_slices_of_wider_tensors(dtype):
     odd[..., 3:] = value
     torch.testing.assert_close(native(geometry, odd[..., 3:], offset_mask, grad)[0].float(), whole[0].float(),
                                rtol=2e-2, atol=2e-2)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_begin_between_sixteen_bytes(dtype):
+    geometry = Geometry(2, 9, 10, 2, 32)
+    tensors = make(geometry, dtype)
+    shifted = []
+    for tensor in tensors:
+        wide = torch.zeros(*tensor.shape[:3], tensor.shape[3] + 8, device="cuda", dtype=dtype)
+        wide[..., 1:-7] = tensor
+        shifted.append(wide[..., 1:-7])
+    for a, b in zip(native(geometry, *tensors), native(geometry, *shifted), strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * EPSILON[dtype], atol=4 * EPSILON[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
