@@ -33,7 +33,7 @@ cudaError_t forward_plain(const ForwardArgs& args, cudaStream_t stream);
 int64_t backward_plain_workspace(const Params& p);
 cudaError_t backward_plain(const BackwardArgs& args, cudaStream_t stream);
 
-// forward_window.cu / backward_window.cu: dense products over a bounded window (see README.md of this folder's parent).
+// forward_window.cu / backward_window.cu: dense products over a bounded window (see kernels/README.md).
 bool forward_window_applies(const Params& p);
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);
 bool backward_window_applies(const Params& p);
