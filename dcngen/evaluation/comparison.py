@@ -70,7 +70,7 @@ class Comparison:
             "plan": self.plan.to_dict(),
             "plan_digest": self.plan.digest(),
             "arms": [_arm_dict(arm) for arm in self.arms],
-            "floors": {name: asdict(scores) for name, scores in self.floors.items()},
+            "floors": {name: scores.to_dict() for name, scores in self.floors.items()},
             "reference": {
                 "name": self.reference.name,
                 "split": self.reference.split,
@@ -92,7 +92,7 @@ def _arm_dict(arm: Arm) -> dict:
     return {
         "name": arm.run.name,
         "folder": str(arm.run.folder),
-        "scores": asdict(arm.scores),
+        "scores": arm.scores.to_dict(),
         "verdict": asdict(arm.verdict) if arm.verdict else None,
         "num_parameters": arm.num_parameters,
         "flops": arm.flops,

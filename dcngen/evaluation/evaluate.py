@@ -89,8 +89,8 @@ def _evaluate(options, network) -> int:
     print_scores(scores, described)
     print(f"({time.perf_counter() - started:.1f} s)")
     if options.json_path:
-        content = {**asdict(scores), "provenance": asdict(generated.provenance), "reference": described}
-        options.json_path.write_text(json.dumps(content, indent=2) + "\n")
+        content = {**scores.to_dict(), "provenance": asdict(generated.provenance), "reference": described}
+        options.json_path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     return 0
 
 

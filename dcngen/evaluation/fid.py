@@ -57,6 +57,16 @@ class Scores:
     def is_biased(self) -> bool:
         return min(self.num_images, self.num_reference) < FULL_RANK
 
+    def to_dict(self) -> dict:
+        """Plain values for JSON, which has no NaN: an error that was not computed is None."""
+        return {name: _known(value) for name, value in asdict(self).items()}
+
+
+def _known(value):
+    if isinstance(value, list):
+        return [_known(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
 
 def score(
     features: Features,

@@ -27,7 +27,7 @@ def write_report(comparison: Comparison, path: str | Path) -> tuple[Path, Path]:
         partial.write_text(render(comparison), encoding="utf-8")
     numbers = path.with_name("compare.json")
     with atomic_file(numbers) as partial:
-        partial.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path, numbers
 
 
