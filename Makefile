@@ -44,7 +44,7 @@ demo: $(STAMP)
 	$(LAUNCH) train_ldm.py --config configs/earth_dcn.yaml --output_dir $(RUNS) --resume
 	$(PY) sample.py --run $(RUNS)/earth_baseline --num-images 16 --seed 0 --out $(RUNS)/earth_baseline/pictures
 	$(PY) sample.py --run $(RUNS)/earth_dcn --num-images 16 --seed 0 --out $(RUNS)/earth_dcn/pictures
-	$(PY) -m dcngen compare $(RUNS)/earth_baseline $(RUNS)/earth_dcn --num-images 400 --steps 20
+	$(PY) -m dcngen compare $(RUNS)/earth_baseline $(RUNS)/earth_dcn --num-images 320 --steps 20
 
 test: $(STAMP)
 	$(PY) -m pytest -q tests
