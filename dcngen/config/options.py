@@ -90,6 +90,7 @@ class ModelConfig:
         dcn_kernel_size: odd size of the sampling window.
         dcn_offset_scale: multiplies grid and offsets.
         dcn_mask_init: initial bias of the masks.
+        dcn_center_mask_init: that of the middle tap; null: dcn_mask_init.
         dcn_dw_kernel_size: depthwise convolution before offsets and masks, or null.
         zero_init: start every residual branch and the output at 0.
     """
@@ -110,6 +111,7 @@ class ModelConfig:
     dcn_kernel_size: int | list[int] = _MODEL_DEFAULTS["dcn_kernel_size"]
     dcn_offset_scale: float | list[float] = _MODEL_DEFAULTS["dcn_offset_scale"]
     dcn_mask_init: float | list[float] = _MODEL_DEFAULTS["dcn_mask_init"]
+    dcn_center_mask_init: float | list[float | None] | None = _MODEL_DEFAULTS["dcn_center_mask_init"]
     dcn_dw_kernel_size: int | list[int] | None = _MODEL_DEFAULTS["dcn_dw_kernel_size"]
     zero_init: bool = _MODEL_DEFAULTS["zero_init"]
 
