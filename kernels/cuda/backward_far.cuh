@@ -14,10 +14,11 @@ struct FarArgs {
   const void *grad_output, *input;
   void* grad_input;
   int log_units_x, log_units_per_tile;
+  int units_per_warp;  // of far_kernel, at a time: 1 to kMostUnits
   int64_t units;
 };
 
-constexpr int kFarWarps = 4;
+constexpr int kFarWarps = 4, kMostUnits = 4;
 
 // Where a unit lies: its group, image and first u.
 struct Unit {
@@ -90,15 +91,31 @@ struct Corners {
   }
 };
 
+// The gradients of a sample (before offset_scale and mask) from the products of grad_output with its four corners.
+__device__ __forceinline__ TapGradient corner_gradient(const float (&dot)[4], float lx, float ly) {
+  const float upper = fmaf(lx, dot[1] - dot[0], dot[0]), lower = fmaf(lx, dot[3] - dot[2], dot[2]);
+  return {fmaf(ly, dot[3] - dot[2] - (dot[1] - dot[0]), dot[1] - dot[0]), lower - upper,
+          fmaf(ly, lower - upper, upper)};
+}
+
+template <typename T>
+__device__ __forceinline__ void store_gradient(const TileArgs& tile, int64_t out, int group, int tap,
+                                               const TapGradient& gradient, float factor) {
+  T* to = static_cast<T*>(tile.grad_offset_mask) + out * tile.grad_offset_mask_stride + 27 * group;
+  to[2 * tap] = static_cast<T>(factor * gradient.x);
+  to[2 * tap + 1] = static_cast<T>(factor * gradient.y);
+  to[18 + tap] = static_cast<T>(gradient.mask);
+}
+
 // One sample by D / 8 lanes, 8 channels each.
 template <typename T, int D, bool ADD>
 __device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, const Unit& unit, int part) {
-  const TileArgs& tile = args.tile;
   const Params& p = args.p;
   const int width = static_cast<int>(p.width_in), height = static_cast<int>(p.height_in);
   Corners corners(sample, width, height);
   corners.counts = corners.counts && real;
-  float gx = 0.f, gy = 0.f, gm = 0.f;
+  TapGradient gradient = {0.f, 0.f, 0.f};
+  float factor = 0.f;
   if (corners.counts) {
     const int channel = unit.group * D + 8 * part;
     const int64_t image = int64_t{unit.n} * width * height;
@@ -126,23 +143,16 @@ __device__ void far_sample(const FarArgs& args, const FarSample& sample, bool re
             static_cast<T*>(args.grad_input) + (image + pixels[q]) * p.grad_input_pixel_stride + channel, add);
       }
     }
-    const float upper = fmaf(corners.lx, dot[1] - dot[0], dot[0]), lower = fmaf(corners.lx, dot[3] - dot[2], dot[2]);
-    gm = fmaf(corners.ly, lower - upper, upper);
-    gy = tile.scale * sample.mask * (lower - upper);
-    gx = tile.scale * sample.mask * fmaf(corners.ly, dot[3] - dot[2] - (dot[1] - dot[0]), dot[1] - dot[0]);
+    gradient = corner_gradient(dot, corners.lx, corners.ly);
+    factor = args.tile.scale * sample.mask;
   }
 #pragma unroll
   for (int step = D / 16; step > 0; step /= 2) {
-    gx += __shfl_xor_sync(window::kAllLanes, gx, step);
-    gy += __shfl_xor_sync(window::kAllLanes, gy, step);
-    gm += __shfl_xor_sync(window::kAllLanes, gm, step);
+    gradient.x += __shfl_xor_sync(window::kAllLanes, gradient.x, step);
+    gradient.y += __shfl_xor_sync(window::kAllLanes, gradient.y, step);
+    gradient.mask += __shfl_xor_sync(window::kAllLanes, gradient.mask, step);
   }
-  if (real && part == 0) {
-    T* to = static_cast<T*>(tile.grad_offset_mask) + sample.out * tile.grad_offset_mask_stride + 27 * unit.group;
-    to[2 * sample.tap] = static_cast<T>(gx);
-    to[2 * sample.tap + 1] = static_cast<T>(gy);
-    to[18 + sample.tap] = static_cast<T>(gm);
-  }
+  if (real && part == 0) store_gradient<T>(args.tile, sample.out, unit.group, sample.tap, gradient, factor);
 }
 
 // Appends the far samples of a unit to a list, as 16 * (32 * which + lane) + tap; returns its new length.
@@ -159,25 +169,27 @@ __device__ __forceinline__ int list_far_samples(uint16_t* list, int length, unsi
   return length + total;
 }
 
-// A warp takes four units at a time: where few samples are far, their loads overlap.
+// A warp takes several units at a time where there are enough of them for all warps of the device: where few samples
+// are far, their loads overlap.
 template <typename T, int D, bool ADD>
 __global__ void __launch_bounds__(32 * kFarWarps) far_kernel(const FarArgs args) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ uint16_t lists[kFarWarps][4 * 32 * 9];
+  __shared__ uint16_t lists[kFarWarps][kMostUnits * 32 * 9];
   constexpr int kLanes = D / 8, kAtOnce = 32 / kLanes;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   uint16_t* list = lists[warp];
-  for (int64_t first = 4 * (int64_t{blockIdx.x} * kFarWarps + warp); first < args.units;
-       first += 4 * int64_t{gridDim.x} * kFarWarps) {
-    const bool flagged = lane < 4 && first + lane < args.units && args.tile.far_units[first + lane];
+  wait_for_previous_kernel();
+  for (int64_t first = args.units_per_warp * (int64_t{blockIdx.x} * kFarWarps + warp); first < args.units;
+       first += args.units_per_warp * int64_t{gridDim.x} * kFarWarps) {
+    const bool flagged = lane < args.units_per_warp && first + lane < args.units && args.tile.far_units[first + lane];
     const unsigned units = __ballot_sync(window::kAllLanes, flagged);
     if (units == 0) continue;
-    unsigned far[4];
+    unsigned far[kMostUnits];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) far[i] = units >> i & 1 ? args.tile.far_masks[32 * (first + i) + lane] : 0u;
+    for (int i = 0; i < kMostUnits; ++i) far[i] = units >> i & 1 ? args.tile.far_masks[32 * (first + i) + lane] : 0u;
     int count = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kMostUnits; ++i) {
       if (units >> i & 1) count = list_far_samples(list, count, far[i], i, lane);
     }
     __syncwarp();

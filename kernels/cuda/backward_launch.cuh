@@ -6,6 +6,7 @@
 #include "backward_far.cuh"
 #include "backward_single.cuh"
 #include "backward_tile.cuh"
+#include "backward_wide.cuh"
 
 namespace dcngen::backward {
 
@@ -128,8 +129,7 @@ cudaError_t launch_kernel(Kernel kernel, int row_channels, const BackwardArgs& a
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, Shape::kShared, stream>>>(maps, tile);
-  return cudaGetLastError();
+  return launch(kernel, blocks, Shape::kThreads, Shape::kShared, stream, false, maps, tile);
 }
 
 template <typename T, int D, int UNITS_X, int UNITS_Y>
@@ -151,27 +151,59 @@ inline int log2(int power_of_two) {
   return log;
 }
 
-template <typename T, int D>
-cudaError_t launch_far(const BackwardArgs& args, const TileArgs& tile, Tile shape, cudaStream_t stream) {
-  const int64_t units = count_units(args.p, shape);
-  const Params& p = args.p;
-  const FarArgs far{tile,          p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
-                    log2(shape.units_x * shape.units_y), units};
-  constexpr int64_t kMost = 132 * 8;  // more blocks than fit at once only wait
-  const int64_t wanted = (units + 4 * kFarWarps - 1) / (4 * kFarWarps);
-  const auto kernel = p.deterministic ? far_kernel<T, D, false> : far_kernel<T, D, true>;
-  kernel<<<static_cast<unsigned>(wanted < kMost ? wanted : kMost), 32 * kFarWarps, 0, stream>>>(far);
-  if (p.deterministic) far_owner_kernel<T, D><<<static_cast<unsigned>(p.batch * p.groups), D, 0, stream>>>(far);
-  return cudaGetLastError();
+constexpr int64_t kMultiprocessors = 132;  // of the devices at hand; only how the work is cut depends on it
+
+inline FarArgs far_args(const BackwardArgs& args, const TileArgs& tile, Tile shape) {
+  const int64_t units = count_units(args.p, shape), most_warps = kMultiprocessors * 7 * kFarWarps;
+  const int64_t each = units / most_warps;
+  return {tile, args.p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
+          log2(shape.units_x * shape.units_y),
+          static_cast<int>(each < 1 ? 1 : each > kMostUnits ? kMostUnits : each), units};
 }
 
 template <typename T, int D>
-cudaError_t launch_both(const BackwardArgs& args, Tile shape, cudaStream_t stream) {
+cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
+  constexpr int64_t kMost = kMultiprocessors * 8;  // more blocks than fit at once only wait
+  const int64_t each = far.units_per_warp * kFarWarps, wanted = (far.units + each - 1) / each;
+  const auto kernel = far.p.deterministic ? far_kernel<T, D, false> : far_kernel<T, D, true>;
+  const cudaError_t error = launch(kernel, wanted < kMost ? wanted : kMost, 32 * kFarWarps, 0, stream, true, far);
+  if (error != cudaSuccess || !far.p.deterministic) return error;
+  return launch(far_owner_kernel<T, D>, far.p.batch * far.p.groups, D, 0, stream, false, far);
+}
+
+template <typename T, int D, int SIDE, bool WHOLE>
+cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
+  using Shape = WideShape<D, SIDE>;
+  const auto kernel = wide_kernel<T, D, SIDE, WHOLE>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
+  if (error != cudaSuccess) return error;
+  const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = kMultiprocessors * Shape::kBlocks;
+  return launch(kernel, windows < most ? windows : most, kWideThreads, Shape::kShared, stream, true, far);
+}
+
+// Maps of at most 16x16 inputs are one window. On larger ones the window takes most of the far samples and far_kernel
+// the others; where a reproducible result is asked for, it takes them all.
+template <typename T, int D>
+cudaError_t launch_after_tile(const FarArgs& far, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    const int64_t larger = far.p.width_in > far.p.height_in ? far.p.width_in : far.p.height_in;
+    if (larger <= 8) return launch_wide<T, D, 8, true>(far, stream);
+    if (larger <= 16) return launch_wide<T, D, 16, true>(far, stream);
+    if (!far.p.deterministic) {
+      const cudaError_t error = launch_wide<T, D, 16, false>(far, stream);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return launch_far<T, D>(far, stream);
+}
+
+template <typename T, int D>
+cudaError_t launch_all(const BackwardArgs& args, Tile shape, cudaStream_t stream) {
   const TileArgs tile = tile_args(args, shape);
   const cudaError_t error = shape.units_x == 1 ? launch_tile<T, D, 1, 2>(args, tile, stream)
                                                : launch_tile<T, D, 2, 2>(args, tile, stream);
   if (error != cudaSuccess) return error;
-  return launch_far<T, D>(args, tile, shape, stream);
+  return launch_after_tile<T, D>(far_args(args, tile, shape), stream);
 }
 
 // Shared memory that the larger tile takes; some architectures have less than sm_90.
@@ -190,9 +222,9 @@ int shared_bytes(int group_channels) {
 template <typename T>
 cudaError_t backward_typed(const BackwardArgs& args, Tile shape, cudaStream_t stream) {
   switch (args.p.group_channels) {
-    case 16: return launch_both<T, 16>(args, shape, stream);
-    case 32: return launch_both<T, 32>(args, shape, stream);
-    default: return launch_both<T, 64>(args, shape, stream);
+    case 16: return launch_all<T, 16>(args, shape, stream);
+    case 32: return launch_all<T, 32>(args, shape, stream);
+    default: return launch_all<T, 64>(args, shape, stream);
   }
 }
 

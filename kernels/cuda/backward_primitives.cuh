@@ -20,18 +20,23 @@ struct HalfVectors : window::Dtype<T> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[2 * i] = Base::low(words[i]), to[2 * i + 1] = Base::high(words[i]);
   }
+  static __device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
+    return Base::pack(Base::low(a) + Base::low(b), Base::high(a) + Base::high(b));
+  }
 };
 
 template <>
 struct HalfTraits<__half> : HalfVectors<__half> {
   static constexpr uint32_t kOne = 0x3c00u;
   static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  static __device__ __forceinline__ void reduce_add(__half* to, const float (&v)[8]) {
+  static __device__ __forceinline__ void reduce_add(__half* to, uint4 v) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(pack(v[0], v[1])),
-                 "r"(pack(v[2], v[3])), "r"(pack(v[4], v[5])), "r"(pack(v[6], v[7]))
+    asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 #endif
+  }
+  static __device__ __forceinline__ void reduce_add(__half* to, const float (&v)[8]) {
+    reduce_add(to, make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])));
   }
 };
 
@@ -39,12 +44,14 @@ template <>
 struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
   static constexpr uint32_t kOne = 0x3f80u;
   static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, const float (&v)[8]) {
+  static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, uint4 v) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(pack(v[0], v[1])),
-                 "r"(pack(v[2], v[3])), "r"(pack(v[4], v[5])), "r"(pack(v[6], v[7]))
+    asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 #endif
+  }
+  static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, const float (&v)[8]) {
+    reduce_add(to, make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])));
   }
 };
 
@@ -82,6 +89,12 @@ __device__ __forceinline__ void load_fragments(uint32_t (&r)[4], uint32_t addres
 
 __device__ __forceinline__ void store_pair(uint32_t address, uint32_t v0, uint32_t v1) {
   asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(v0), "r"(v1) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_half(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
 }
 
 __device__ __forceinline__ void store_half(uint32_t address, uint32_t v) {
@@ -140,6 +153,20 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t from
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
+// For kernels that follow one another (launch in launch.h): the first may let the next one's blocks take their places
+// once all its own have theirs; the next must not touch memory before the first has ended.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

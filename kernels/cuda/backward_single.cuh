@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
   const int u_x = u_x0 + unit_x, u_y = u_y0 + unit_y;
   const bool active = u_x < args.end_x && u_y < args.end_y;
   const int x = unit_x + 2 + (lane & 7), y = unit_y + 2 + (lane >> 3), slot = y * kPitch + x;
+  let_next_kernel_begin();
   __syncthreads();
   barrier_wait(barrier, 0);
 

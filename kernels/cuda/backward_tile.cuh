@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     ring_pixel<Shape>(number < Shape::kRing ? number : 0, rx, ry);
     ring_tail[pass] = numbers.tail(args, n, ow0 + rx, oh0 + ry);
   }
+  let_next_kernel_begin();
   __syncthreads();
   barrier_wait(barrier, 0);
 

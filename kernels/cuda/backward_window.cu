@@ -32,7 +32,7 @@ bool backward_window_applies(const Params& p) {
                        p.grad_offset_mask_pixel_stride % vector == 0;
   const bool outputs = p.height_out > 0 && p.width_out > 0;  // the copy engine knows no empty tensor
   if (!plain_3x3 || !width || !vectors || !outputs) return false;
-  return backward::count_blocks(p, backward::choose_tile(p)) < int64_t{1} << 31 && device_fits(p);
+  return backward::count_blocks(p, backward::choose_tile(p)) < int64_t{1} << 30 && device_fits(p);
 }
 
 // Of every unit of 32 pixels and one group: a flag, and 16 bits a pixel.

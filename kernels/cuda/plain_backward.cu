@@ -186,8 +186,7 @@ template <typename T, int VEC, int LANES>
 cudaError_t launch_offset_mask(const BackwardArgs& args, cudaStream_t stream) {
   const Params& p = args.p;
   const int64_t work = p.batch * p.height_out * p.width_out * p.groups * LANES;
-  backward_offset_mask_kernel<T, VEC, LANES><<<blocks_for(work), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(backward_offset_mask_kernel<T, VEC, LANES>, blocks_for(work), kThreads, 0, stream, false, args);
 }
 
 template <typename T, int VEC>
@@ -207,14 +206,12 @@ cudaError_t scatter(const BackwardArgs& args, float* accumulator, int64_t stride
   const int channels = p.groups * p.group_channels;
   const int64_t pixels = p.batch * p.height_out * p.width_out;
   if (p.deterministic) {
-    backward_input_owner_kernel<T><<<blocks_for(p.batch * channels), kThreads, 0, stream>>>(args, accumulator, stride);
-  } else if (vectors_of_four) {
-    backward_input_atomic_kernel<T, 4>
-        <<<blocks_for(pixels * (channels / 4)), kThreads, 0, stream>>>(args, accumulator, stride);
-  } else {
-    backward_input_atomic_kernel<T, 1><<<blocks_for(pixels * channels), kThreads, 0, stream>>>(args, accumulator, stride);
+    return launch(backward_input_owner_kernel<T>, blocks_for(p.batch * channels), kThreads, 0, stream, false, args,
+                  accumulator, stride);
   }
-  return cudaGetLastError();
+  const auto kernel = vectors_of_four ? backward_input_atomic_kernel<T, 4> : backward_input_atomic_kernel<T, 1>;
+  const int64_t work = pixels * (vectors_of_four ? channels / 4 : channels);
+  return launch(kernel, blocks_for(work), kThreads, 0, stream, false, args, accumulator, stride);
 }
 
 template <typename T>
@@ -235,9 +232,8 @@ cudaError_t backward(const BackwardArgs& args, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = scatter<T>(args, accumulator, stride, vec >= 4, stream);
   if (error != cudaSuccess || kDirect) return error;
-  round_kernel<T><<<blocks_for(pixels_in * channels), kThreads, 0, stream>>>(
-      accumulator, static_cast<T*>(args.grad_input), pixels_in, channels, p.grad_input_pixel_stride);
-  return cudaGetLastError();
+  return launch(round_kernel<T>, blocks_for(pixels_in * channels), kThreads, 0, stream, false, accumulator,
+                static_cast<T*>(args.grad_input), pixels_in, channels, p.grad_input_pixel_stride);
 }
 
 }  // namespace

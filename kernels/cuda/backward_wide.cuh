@@ -1,0 +1,400 @@
+// Far samples by dense products over a wider window (half types): where many samples of 8x8 output pixels are far, one
+// window of 16x16 (8x8) inputs holds most of them, or, on a map no larger than the window, all of them.
+//   T(64 x cells) = grad_output(64 x D) * input(cells x D)^T: a sample's three gradients need four numbers of its row;
+//   S(64 x cells): every output pixel adds its samples' corner weights to its own row, so nothing collides;
+//   grad_input(cells x D) += S^T * grad_output.
+// A block takes one window. On a small map that is all of one group of one image: every sample fits and the sums go to
+// memory in a fixed order. On a larger map the window surrounds one 8x8 piece of outputs, the sums are added with one
+// reduction a cell instead of four a sample, and samples that do not fit stay marked for far_kernel.
+#pragma once
+
+#include "backward_far.cuh"
+
+namespace dcngen::backward {
+
+constexpr int kWideWarps = 8, kWideThreads = 32 * kWideWarps;
+constexpr int kWideSamples = 72;  // of a warp: it owns one row of eight output pixels
+constexpr int kFewSamples = 96;   // of 576: fewer far ones are gathered faster
+
+template <int D, int SIDE>
+struct WideShape {
+  static constexpr int kCells = SIDE * SIDE;
+  // A row of T is 8 words past a multiple of 32, so that its fragments store without bank conflicts. The row of S lies
+  // at its beginning.
+  static constexpr int kRow = 4 * kCells + 32, kProducts = 64 * kRow;
+  static constexpr int kRecords = kWideWarps * kWideSamples * 12;
+  static constexpr int kInput = kCells * 2 * D, kGradOutput = 64 * 2 * D;
+  static constexpr int kShared = kInput + kGradOutput + kProducts + kRecords + 4 * kWideWarps /* flags */;
+  static constexpr int kBlocks = SIDE == 16 ? 2 : 3;
+  // grad_input: tiles of 16 cells x 8 channels; a warp computes kTilesM x kTilesN of them.
+  static constexpr int kColumnParts = SIDE == 8 && D >= 32 ? 2 : 1;
+  static constexpr int kTilesM = SIDE == 16 ? 2 : 1, kTilesN = D / 8 / kColumnParts;
+  static_assert(kShared + 1024 <= 228 * 1024 / kBlocks, "the blocks' shared memory");
+
+  // Row of S; the 16 bytes keep eight rows' pieces in different banks.
+  static __device__ __forceinline__ uint32_t weights_row(uint32_t products, int pixel) {
+    return products + pixel * kRow + ((pixel >> 2) & 1) * 16;
+  }
+};
+
+// Which window: a block's share of the work, and the 8x8 output pixels (two units) that belong to it.
+template <int SIDE, bool WHOLE>
+struct WideWindow {
+  int n, group, x, y;
+  static __host__ __device__ __forceinline__ int64_t count(const FarArgs& args) {
+    return WHOLE ? args.p.batch * args.p.groups : args.units >> (args.log_units_per_tile - args.log_units_x);
+  }
+  // Of one window; each is the upper of two units, `lower` further on is the other.
+  static __device__ __forceinline__ int pieces(const FarArgs& args) {
+    return WHOLE ? static_cast<int>(args.tile.by_tiles_x.divisor * args.tile.by_tiles_y.divisor) << args.log_units_x : 1;
+  }
+  static __device__ __forceinline__ int lower(const FarArgs& args) { return 1 << args.log_units_x; }
+  static __device__ __forceinline__ int64_t upper_unit(const FarArgs& args, uint32_t number, int piece) {
+    const int column = (WHOLE ? piece : static_cast<int>(number)) & ((1 << args.log_units_x) - 1);
+    int64_t tile = number >> args.log_units_x;
+    if (WHOLE) {
+      const int tiles = static_cast<int>(args.tile.by_tiles_x.divisor * args.tile.by_tiles_y.divisor);
+      uint32_t n = number;
+      const int group = args.tile.by_group.split(n);
+      tile = (int64_t{n} * tiles + (piece >> args.log_units_x)) * args.tile.groups + group;
+    }
+    return (tile << args.log_units_per_tile) + column;
+  }
+  __device__ __forceinline__ WideWindow(const FarArgs& args, const Unit& unit) : n(unit.n), group(unit.group) {
+    x = WHOLE ? 0 : max(min(unit.u_x + 4 - SIDE / 2, args.tile.width_in - SIDE), 0);
+    y = WHOLE ? 0 : max(min(unit.u_y + 4 - SIDE / 2, args.tile.height_in - SIDE), 0);
+  }
+};
+
+// Begins copying CELLS pixels, `width` a row, from pixel (x, y) of an image on; zeros outside it.
+template <typename T, int D, int CELLS>
+__device__ __forceinline__ void copy_cells(uint32_t to, const void* image, int64_t stride, int x, int y, int log_width,
+                                           int image_width, int image_height, int thread) {
+  constexpr int kPieces = D / 8;
+#pragma unroll 2
+  for (int i = thread; i < CELLS * kPieces; i += kWideThreads) {
+    const int cell = i / kPieces, piece = i % kPieces;
+    const int px = x + (cell & ((1 << log_width) - 1)), py = y + (cell >> log_width);
+    const bool inside = static_cast<unsigned>(px) < static_cast<unsigned>(image_width) &&
+                        static_cast<unsigned>(py) < static_cast<unsigned>(image_height);
+    const T* from = static_cast<const T*>(image) + (inside ? (int64_t{py} * image_width + px) * stride + 8 * piece : 0);
+    window::copy_async16(to + tile_offset<D>(cell, piece), from, inside);
+  }
+}
+
+// A sample that the window takes, in 12 bytes of shared memory: lx, ly, and a word of the mask's 16 bits, the upper left
+// corner (plus 1) in the window, and what it is good for.
+struct WideRecord {
+  static constexpr uint32_t kTaken = 1u << 30, kAdds = 1u << 31;
+  float lx, ly;
+  uint32_t word;
+  __device__ __forceinline__ int left() const { return static_cast<int>(word >> 16 & 31) - 1; }
+  __device__ __forceinline__ int top() const { return static_cast<int>(word >> 21 & 31) - 1; }
+  static __device__ __forceinline__ WideRecord load(uint32_t from) {
+    return {__uint_as_float(window::load_shared(from)), __uint_as_float(window::load_shared(from + 4)),
+            window::load_shared(from + 8)};
+  }
+  __device__ __forceinline__ void store(uint32_t to) const {
+    window::store_shared(to, __float_as_uint(lx));
+    window::store_shared(to + 4, __float_as_uint(ly));
+    window::store_shared(to + 8, word);
+  }
+};
+
+// Whether all of a sample's corners on the map, along one axis, lie in [begin, begin + SIDE).
+template <int SIDE>
+__device__ __forceinline__ bool fits(int first, int begin, int length) {
+  return max(first, 0) >= begin && min(first + 1, length - 1) < begin + SIDE;
+}
+
+// The records of a warp's eight pixels, the far ones of `far` (lane l: pixel l of the unit). Returns, as far_masks has
+// it, what does not fit: lane l < 8 the bits of the warp's pixel l.
+template <typename T, int SIDE, bool WHOLE>
+__device__ __forceinline__ unsigned make_records(const FarArgs& args, const Unit& unit, unsigned far,
+                                                 const WideWindow<SIDE, WHOLE>& window, uint32_t records, int first,
+                                                 int lane) {
+  const int width = args.tile.width_in, height = args.tile.height_in;
+  unsigned left_over = 0;
+#pragma unroll 1
+  for (int i = 0; i < 3; ++i) {
+    const int number = lane + 32 * i, pixel = first + (number < kWideSamples ? number / 9 : 0), tap = number % 9;
+    const unsigned bits = __shfl_sync(window::kAllLanes, far, pixel);
+    const bool is_far = number < kWideSamples && (bits >> tap & 1);
+    WideRecord record = {0.f, 0.f, 0u};
+    bool taken = false;
+    if (is_far) {
+      const FarSample sample = load_far_sample<T>(args, unit, pixel, tap);
+      const Corners corners(sample, width, height);
+      taken = !corners.counts || WHOLE ||
+              (fits<SIDE>(corners.left, window.x, width) && fits<SIDE>(corners.top, window.y, height));
+      if (!corners.counts) {
+        store_gradient<T>(args.tile, sample.out, unit.group, tap, {0.f, 0.f, 0.f}, 0.f);
+      } else if (taken) {
+        record.lx = corners.lx, record.ly = corners.ly;
+        record.word = (HalfTraits<T>::pack(sample.mask, 0.f) & 0xffffu) | (corners.left + 1 - window.x) << 16 |
+                      (corners.top + 1 - window.y) << 21 | WideRecord::kTaken |
+                      (sample.beyond() ? WideRecord::kAdds : 0u);
+      }
+    }
+    if (number < kWideSamples) record.store(records + 12 * number);
+    if (WHOLE) continue;
+    const unsigned missed = __ballot_sync(window::kAllLanes, is_far && !taken);
+    const int shift = 9 * lane - 32 * i;  // the lane's bits among all 72
+    if (shift > -9 && shift < 32) left_over |= shift < 0 ? missed << -shift : missed >> shift;
+  }
+  return left_over & 0x1ffu;
+}
+
+// T: warp w computes 16 output pixels (w % 4) by half of the cells (w / 4).
+template <typename T, int D, int SIDE>
+__device__ __forceinline__ void multiply_cells(uint32_t products, uint32_t input, uint32_t grad_output, int warp,
+                                               int lane) {
+  using Shape = WideShape<D, SIDE>;
+  constexpr int kAtOnce = D == 16 ? 2 : 1;  // tiles of eight cells
+  const int row = 16 * (warp & 3);
+  uint32_t a[D / 16][4];
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    load_fragments<false>(a[k], grad_output + tile_offset<D>(row + (lane & 15), 2 * k + (lane >> 4)));
+  }
+  uint32_t to = products + (row + (lane >> 2)) * Shape::kRow + 8 * (lane & 3);
+#pragma unroll 2
+  for (int tile = 0; tile < Shape::kCells / 16; tile += kAtOnce) {
+    const int cell = (warp >> 2) * (Shape::kCells / 2) + 8 * tile;
+    uint32_t b[D == 16 ? 1 : D / 32][4];
+    if constexpr (D == 16) {
+      load_fragments<false>(b[0], input + tile_offset<D>(cell + (lane & 7) + 8 * (lane >> 4), (lane >> 3) & 1));
+    } else {
+#pragma unroll
+      for (int part = 0; part < D / 32; ++part) {
+        load_fragments<false>(b[part], input + tile_offset<D>(cell + (lane & 7), 4 * part + (lane >> 3)));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      float c[4] = {};
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        const int at = i * (D / 8) + 2 * k;
+        HalfTraits<T>::mma(c, a[k], b[at / 4][at % 4], b[at / 4][at % 4 + 1]);
+      }
+      const uint32_t at = to + 4 * (cell + 8 * i);
+      store_pair(at, __float_as_uint(c[0]), __float_as_uint(c[1]));
+      store_pair(at + 8 * Shape::kRow, __float_as_uint(c[2]), __float_as_uint(c[3]));
+    }
+  }
+}
+
+// The gradients of the taken samples of a warp's row of output pixels, the first of which has number `out`.
+template <typename T, int SIDE, int ROW>
+__device__ __forceinline__ void look_up_gradients(const FarArgs& args, uint32_t row, uint32_t records, int64_t out,
+                                                  int group, int lane) {
+#pragma unroll 1
+  for (int i = 0; i < 3; ++i) {
+    const int number = lane + 32 * i, pixel = number / 9;
+    if (number >= kWideSamples) continue;
+    const WideRecord record = WideRecord::load(records + 12 * number);
+    if (!(record.word & WideRecord::kTaken)) continue;
+    float dot[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const int x = record.left() + (q & 1), y = record.top() + (q >> 1);
+      const bool inside = static_cast<unsigned>(x) < SIDE && static_cast<unsigned>(y) < SIDE;
+      dot[q] = inside ? __uint_as_float(window::load_shared(row + pixel * ROW + 4 * (y * SIDE + x))) : 0.f;
+    }
+    store_gradient<T>(args.tile, out + pixel, group, number - 9 * pixel, corner_gradient(dot, record.lx, record.ly),
+                      args.tile.scale * HalfTraits<T>::low(record.word));
+  }
+}
+
+// S of a warp's row of output pixels: four lanes a pixel. Of a sample's four corners, one lies at each parity of (x, y):
+// that is the lane's, so no two lanes add to one cell.
+template <typename T, int D, int SIDE>
+__device__ __forceinline__ void build_weights(uint32_t products, uint32_t records, int first, int lane) {
+  using Shape = WideShape<D, SIDE>;
+  constexpr int kPieces = Shape::kCells / 8;  // of 16 bytes, a row
+#pragma unroll
+  for (int i = lane; i < 8 * kPieces; i += 32) {
+    window::store_shared16(Shape::weights_row(products, first + i / kPieces) + 16 * (i % kPieces), 0, 0, 0, 0);
+  }
+  __syncwarp();
+  const uint32_t row = Shape::weights_row(products, first + (lane >> 2)), from = records + 12 * 9 * (lane >> 2);
+#pragma unroll 3
+  for (int tap = 0; tap < 9; ++tap) {
+    const WideRecord record = WideRecord::load(from + 12 * tap);
+    const int left = record.left(), top = record.top();
+    const int right = (left ^ lane) & 1, down = (top ^ lane >> 1) & 1, x = left + right, y = top + down;
+    if (!(record.word & WideRecord::kAdds) || static_cast<unsigned>(x) >= SIDE || static_cast<unsigned>(y) >= SIDE) {
+      continue;
+    }
+    const float weight = HalfTraits<T>::low(record.word) * (right ? record.lx : 1.f - record.lx) *
+                         (down ? record.ly : 1.f - record.ly);
+    const uint32_t cell = row + 2 * (y * SIDE + x);
+    store_half(cell, HalfTraits<T>::pack(HalfTraits<T>::low(load_half(cell)) + weight, 0.f));
+  }
+}
+
+// Adds S^T * grad_output: the warp's tiles of 16 cells from `cell` on and 8 channels from piece `piece` on.
+template <typename T, int D, int SIDE>
+__device__ __forceinline__ void multiply_transposed(
+    float (&c)[WideShape<D, SIDE>::kTilesM][WideShape<D, SIDE>::kTilesN][4], uint32_t products, uint32_t grad_output,
+    int cell, int piece, int lane) {
+  using Shape = WideShape<D, SIDE>;
+  const int low = (lane >> 3) & 1, high = lane >> 4;
+#pragma unroll 1
+  for (int k = 0; k < 64; k += 16) {
+    const uint32_t weights = Shape::weights_row(products, k + 8 * high + (lane & 7)) + 2 * cell + 16 * low;
+    uint32_t a[Shape::kTilesM][4];
+#pragma unroll
+    for (int m = 0; m < Shape::kTilesM; ++m) load_fragments<true>(a[m], weights + 32 * m);
+#pragma unroll
+    for (int pair = 0; pair < Shape::kTilesN; pair += 2) {
+      uint32_t b[4];
+      load_fragments<true>(b, grad_output + tile_offset<D>(k + 8 * low + (lane & 7), piece + pair + high));
+#pragma unroll
+      for (int m = 0; m < Shape::kTilesM; ++m) {
+        HalfTraits<T>::mma(c[m][pair], a[m], b[0], b[1]);
+        HalfTraits<T>::mma(c[m][pair + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Adds the warp's sums to the input gradient in memory: alone there where WHOLE, else by reductions.
+template <typename T, int D, int SIDE, bool WHOLE>
+__device__ __forceinline__ void add_to_input_gradient(
+    const FarArgs& args, const WideWindow<SIDE, WHOLE>& window,
+    const float (&c)[WideShape<D, SIDE>::kTilesM][WideShape<D, SIDE>::kTilesN][4], uint32_t stage, int cell, int piece,
+    int lane) {
+  using Shape = WideShape<D, SIDE>;
+  const int low = (lane >> 3) & 1, high = lane >> 4;
+#pragma unroll
+  for (int m = 0; m < Shape::kTilesM; ++m) {
+#pragma unroll
+    for (int pair = 0; pair < Shape::kTilesN; pair += 2) {
+      const auto &left = c[m][pair], &right = c[m][pair + 1];
+      store_matrices(stage + tile_offset<D>(cell + 16 * m + 8 * high + (lane & 7), piece + pair + low),
+                     HalfTraits<T>::pack(left[0], left[1]), HalfTraits<T>::pack(right[0], right[1]),
+                     HalfTraits<T>::pack(left[2], left[3]), HalfTraits<T>::pack(right[2], right[3]));
+    }
+  }
+  __syncwarp();
+  const int64_t image = int64_t{window.n} * args.tile.height_in * args.tile.width_in;
+  T* grad_input = static_cast<T*>(args.grad_input) + window.group * D;
+#pragma unroll 2
+  for (int i = lane; i < 16 * Shape::kTilesM * Shape::kTilesN; i += 32) {
+    const int at = cell + i / Shape::kTilesN, part = piece + i % Shape::kTilesN;
+    const int x = window.x + at % SIDE, y = window.y + at / SIDE;
+    if (x >= args.tile.width_in || y >= args.tile.height_in) continue;
+    const uint4 sum = window::load_shared16(stage + tile_offset<D>(at, part));
+    if ((sum.x | sum.y | sum.z | sum.w) == 0) continue;
+    T* to = grad_input + (image + int64_t{y} * args.tile.width_in + x) * args.p.grad_input_pixel_stride + 8 * part;
+    if constexpr (WHOLE) {
+      const uint4 old = *reinterpret_cast<const uint4*>(to);
+      *reinterpret_cast<uint4*>(to) = make_uint4(HalfTraits<T>::add_pairs(old.x, sum.x),
+                                                 HalfTraits<T>::add_pairs(old.y, sum.y),
+                                                 HalfTraits<T>::add_pairs(old.z, sum.z),
+                                                 HalfTraits<T>::add_pairs(old.w, sum.w));
+    } else {
+      HalfTraits<T>::reduce_add(to, sum);
+    }
+  }
+}
+
+// One window by the whole block.
+template <typename T, int D, int SIDE, bool WHOLE>
+__device__ __forceinline__ void wide_window(const FarArgs& args, uint32_t number, uint32_t shared, int warp, int lane) {
+  using Shape = WideShape<D, SIDE>;
+  using Window = WideWindow<SIDE, WHOLE>;
+  const TileArgs& tile = args.tile;
+  const Params& p = args.p;
+  const uint32_t input = shared, grad_output = input + Shape::kInput, products = grad_output + Shape::kGradOutput;
+  const uint32_t records = products + Shape::kProducts + warp * kWideSamples * 12;
+  const int lower = Window::lower(args);
+  const int cell = 16 * Shape::kTilesM * (warp / Shape::kColumnParts);
+  const int piece = Shape::kTilesN * (warp % Shape::kColumnParts);
+  float sums[Shape::kTilesM][Shape::kTilesN][4] = {};
+  const Window window(args, locate_unit(args, Window::upper_unit(args, number, 0)));
+  bool some = false;
+#pragma unroll 1
+  for (int i = 0; i < Window::pieces(args); ++i) {
+    // Unknown to the compiler from here on: it would keep dozens of addresses in registers from piece to piece.
+    asm volatile("" : "+r"(lane), "+r"(warp));
+    const int thread = 32 * warp + lane;
+    const int64_t upper = Window::upper_unit(args, number, i);
+    const unsigned far_upper = tile.far_units[upper] ? tile.far_masks[32 * upper + lane] : 0u;
+    const unsigned far_lower = tile.far_units[upper + lower] ? tile.far_masks[32 * (upper + lower) + lane] : 0u;
+    const int count = __reduce_add_sync(window::kAllLanes, __popc(far_upper) + __popc(far_lower));
+    __syncthreads();  // every warp has read the masks and is done with the products before
+    if (count == 0 || (!WHOLE && count < kFewSamples)) continue;
+
+    const Unit unit = locate_unit(args, warp < 4 ? upper : upper + lower);
+    if (!some) {
+      copy_cells<T, D, Shape::kCells>(
+          input,
+          static_cast<const T*>(args.input) +
+              int64_t{window.n} * (tile.height_in * tile.width_in) * p.input_pixel_stride + window.group * D,
+          p.input_pixel_stride, window.x, window.y, SIDE == 16 ? 4 : 3, tile.width_in, tile.height_in, thread);
+    }
+    some = true;
+    const int y = unit.u_y - (warp < 4 ? 0 : 4) - tile.shift_y, x = unit.u_x - tile.shift_x;
+    const int64_t first_out = int64_t{window.n} * (tile.height_out * tile.width_out);  // of the image
+    copy_cells<T, D, 64>(
+        grad_output,
+        static_cast<const T*>(args.grad_output) + first_out * p.output_pixel_stride + window.group * D,
+        p.output_pixel_stride, x, y, 3, tile.width_out, tile.height_out, thread);
+    window::copy_commit();
+    const int first = 8 * (warp & 3);
+    const unsigned left_over = make_records<T, SIDE, WHOLE>(args, unit, warp < 4 ? far_upper : far_lower, window,
+                                                            records, first, lane);
+    if (!WHOLE && lane < 8) tile.far_masks[32 * (warp < 4 ? upper : upper + lower) + first + lane] = left_over;
+    window::copy_wait<0>();
+    __syncthreads();
+
+    multiply_cells<T, D, SIDE>(products, input, grad_output, warp, lane);
+    __syncthreads();
+    const int64_t out = first_out + (y + warp) * tile.width_out + x;
+    look_up_gradients<T, SIDE, Shape::kRow>(args, products + 8 * warp * Shape::kRow, records, out, window.group, lane);
+    __syncwarp();
+    build_weights<T, D, SIDE>(products, records, 8 * warp, lane);
+    __syncthreads();
+    if (cell < Shape::kCells) multiply_transposed<T, D, SIDE>(sums, products, grad_output, cell, piece, lane);
+  }
+  if (some && cell < Shape::kCells) {
+    add_to_input_gradient<T, D, SIDE, WHOLE>(args, window, sums, input, cell, piece, lane);
+  }
+}
+
+template <typename T, int D, int SIDE, bool WHOLE>
+__global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks) wide_kernel(const FarArgs args) {
+#if __CUDA_ARCH__ >= 900
+  using Window = WideWindow<SIDE, WHOLE>;
+  extern __shared__ __align__(16) uint8_t wide_shared[];
+  const uint32_t memory = window::smem_address(wide_shared);
+  const uint32_t flags = memory + WideShape<D, SIDE>::kShared - 4 * kWideWarps;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lower = Window::lower(args);
+  const uint32_t windows = static_cast<uint32_t>(Window::count(args)), step = gridDim.x;
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  // Every thread looks at one of the block's windows, then the block takes those with far samples.
+  for (uint32_t first = blockIdx.x; first < windows; first += step * kWideThreads) {
+    const uint32_t mine = first + step * threadIdx.x;
+    bool flagged = false;
+    for (int i = 0; mine < windows && i < Window::pieces(args); ++i) {
+      const int64_t upper = Window::upper_unit(args, mine, i);
+      flagged = flagged || args.tile.far_units[upper] || args.tile.far_units[upper + lower];
+    }
+    const unsigned ballot = __ballot_sync(window::kAllLanes, flagged);
+    if (lane == 0) window::store_shared(flags + 4 * warp, ballot);
+    __syncthreads();
+    for (int word = 0; word < kWideWarps; ++word) {
+      for (unsigned rest = window::load_shared(flags + 4 * word); rest; rest &= rest - 1) {
+        wide_window<T, D, SIDE, WHOLE>(args, first + step * (32 * word + __ffs(rest) - 1), memory, warp, lane);
+      }
+    }
+    __syncthreads();
+  }
+#endif
+}
+
+}  // namespace dcngen::backward
