@@ -19,15 +19,16 @@ int check(cudaError_t error, const char* what) {
   return fail(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` current for one call and puts the caller's device back.
+// Makes `device` current for one call and puts the caller's device back. A thread that has not used the device yet (an
+// autograd worker, say) has no context, and the driver's functions, unlike the runtime's, want one: hence cudaSetDevice
+// also where the device is current already.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      switched_ = error_ == cudaSuccess;
-    }
+    if (error_ != cudaSuccess) return;
+    error_ = cudaSetDevice(device);
+    switched_ = error_ == cudaSuccess && previous_ != device;
   }
   ~DeviceGuard() {
     if (switched_) cudaSetDevice(previous_);

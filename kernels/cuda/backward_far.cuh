@@ -15,10 +15,11 @@ struct FarArgs {
   void* grad_input;
   int log_units_x, log_units_per_tile;
   int units_per_warp;  // of far_kernel, at a time: 1 to kMostUnits
+  int few_samples;     // wide_kernel leaves 8x8 outputs with fewer in reach to a gather
   int64_t units;
 };
 
-constexpr int kFarWarps = 4, kMostUnits = 4;
+constexpr int kFarWarps = 4, kMostUnits = 4, kUnitSamples = 32 * 9;
 
 // Where a unit lies: its group, image and first u.
 struct Unit {
@@ -49,20 +50,29 @@ struct FarSample {
   __device__ __forceinline__ bool beyond() const { return !(fabsf(dx) <= 1.f && fabsf(dy) <= 1.f); }
 };
 
+// `om`: the numbers of its (pixel, group), which has its middle tap at (u_x, u_y).
+template <typename T>
+__device__ __forceinline__ FarSample read_sample(const T* om, int u_x, int u_y, int tap, float scale) {
+  const int i = tap / 3, j = tap - 3 * i;
+  FarSample sample;
+  sample.dx = fmaf(scale, static_cast<float>(om[2 * tap]), (scale - 1.f) * (i - 1));
+  sample.dy = fmaf(scale, static_cast<float>(om[2 * tap + 1]), (scale - 1.f) * (j - 1));
+  sample.mask = static_cast<float>(om[18 + tap]);
+  sample.x = u_x + i - 1;
+  sample.y = u_y + j - 1;
+  sample.tap = tap;
+  return sample;
+}
+
 template <typename T>
 __device__ __forceinline__ FarSample load_far_sample(const FarArgs& args, const Unit& unit, int pixel, int tap) {
   const TileArgs& tile = args.tile;
-  const int ow = unit.u_x + (pixel & 7) - tile.shift_x, oh = unit.u_y + (pixel >> 3) - tile.shift_y;
-  FarSample sample;
-  sample.tap = tap;
-  sample.out = (int64_t{unit.n} * tile.height_out + oh) * tile.width_out + ow;
-  const T* om = static_cast<const T*>(tile.offset_mask) + sample.out * tile.offset_mask_stride + 27 * unit.group;
-  const int i = tap / 3, j = tap - 3 * i;
-  sample.dx = fmaf(tile.scale, static_cast<float>(om[2 * tap]), (tile.scale - 1.f) * (i - 1));
-  sample.dy = fmaf(tile.scale, static_cast<float>(om[2 * tap + 1]), (tile.scale - 1.f) * (j - 1));
-  sample.x = ow + tile.shift_x + i - 1;
-  sample.y = oh + tile.shift_y + j - 1;
-  sample.mask = static_cast<float>(om[18 + tap]);
+  const int u_x = unit.u_x + (pixel & 7), u_y = unit.u_y + (pixel >> 3);
+  const int64_t out =
+      (int64_t{unit.n} * tile.height_out + u_y - tile.shift_y) * tile.width_out + u_x - tile.shift_x;
+  const T* om = static_cast<const T*>(tile.offset_mask) + out * tile.offset_mask_stride + 27 * unit.group;
+  FarSample sample = read_sample(om, u_x, u_y, tap, tile.scale);
+  sample.out = out;
   return sample;
 }
 
@@ -98,47 +108,48 @@ __device__ __forceinline__ TapGradient corner_gradient(const float (&dot)[4], fl
           fmaf(ly, lower - upper, upper)};
 }
 
+// `to`: the gradients of the sample's (pixel, group).
 template <typename T>
-__device__ __forceinline__ void store_gradient(const TileArgs& tile, int64_t out, int group, int tap,
-                                               const TapGradient& gradient, float factor) {
-  T* to = static_cast<T*>(tile.grad_offset_mask) + out * tile.grad_offset_mask_stride + 27 * group;
+__device__ __forceinline__ void store_gradient(T* to, int tap, const TapGradient& gradient, float factor) {
   to[2 * tap] = static_cast<T>(factor * gradient.x);
   to[2 * tap + 1] = static_cast<T>(factor * gradient.y);
   to[18 + tap] = static_cast<T>(gradient.mask);
 }
 
-// One sample by D / 8 lanes, 8 channels each.
+// One sample by D / kVector lanes.
 template <typename T, int D, bool ADD>
 __device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, const Unit& unit, int part) {
   const Params& p = args.p;
+  constexpr int kVector = HalfTraits<T>::kVector;
   const int width = static_cast<int>(p.width_in), height = static_cast<int>(p.height_in);
   Corners corners(sample, width, height);
   corners.counts = corners.counts && real;
   TapGradient gradient = {0.f, 0.f, 0.f};
   float factor = 0.f;
   if (corners.counts) {
-    const int channel = unit.group * D + 8 * part;
+    const int channel = unit.group * D + kVector * part;
     const int64_t image = int64_t{unit.n} * width * height;
-    float grad[8], value[4][8] = {};
-    HalfTraits<T>::load8(grad, static_cast<const T*>(args.grad_output) + sample.out * p.output_pixel_stride + channel);
+    float grad[kVector], value[4][kVector] = {};
+    HalfTraits<T>::load_vector(
+        grad, static_cast<const T*>(args.grad_output) + sample.out * p.output_pixel_stride + channel);
     int pixels[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       pixels[q] = corners.pixel(q, width, height);
       if (pixels[q] < 0) continue;
-      HalfTraits<T>::load8(value[q],
-                           static_cast<const T*>(args.input) + (image + pixels[q]) * p.input_pixel_stride + channel);
+      HalfTraits<T>::load_vector(
+          value[q], static_cast<const T*>(args.input) + (image + pixels[q]) * p.input_pixel_stride + channel);
     }
     float dot[4] = {};
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) dot[q] = fmaf(grad[c], value[q][c], dot[q]);
+      for (int c = 0; c < kVector; ++c) dot[q] = fmaf(grad[c], value[q][c], dot[q]);
       if (ADD && sample.beyond() && pixels[q] >= 0) {
         const float weight = sample.mask * corners.weight(q);
-        float add[8];
+        float add[kVector];
 #pragma unroll
-        for (int c = 0; c < 8; ++c) add[c] = weight * grad[c];
+        for (int c = 0; c < kVector; ++c) add[c] = weight * grad[c];
         HalfTraits<T>::reduce_add(
             static_cast<T*>(args.grad_input) + (image + pixels[q]) * p.grad_input_pixel_stride + channel, add);
       }
@@ -147,12 +158,15 @@ __device__ void far_sample(const FarArgs& args, const FarSample& sample, bool re
     factor = args.tile.scale * sample.mask;
   }
 #pragma unroll
-  for (int step = D / 16; step > 0; step /= 2) {
+  for (int step = D / kVector / 2; step > 0; step /= 2) {
     gradient.x += __shfl_xor_sync(window::kAllLanes, gradient.x, step);
     gradient.y += __shfl_xor_sync(window::kAllLanes, gradient.y, step);
     gradient.mask += __shfl_xor_sync(window::kAllLanes, gradient.mask, step);
   }
-  if (real && part == 0) store_gradient<T>(args.tile, sample.out, unit.group, sample.tap, gradient, factor);
+  if (real && part == 0) {
+    T* to = static_cast<T*>(args.tile.grad_offset_mask) + sample.out * args.tile.grad_offset_mask_stride;
+    store_gradient(to + 27 * unit.group, sample.tap, gradient, factor);
+  }
 }
 
 // Appends the far samples of a unit to a list, as 16 * (32 * which + lane) + tap; returns its new length.
@@ -169,38 +183,43 @@ __device__ __forceinline__ int list_far_samples(uint16_t* list, int length, unsi
   return length + total;
 }
 
+// The far samples of the units first + i, for every bit i of `units`, by one warp with room for them in `list`.
+template <typename T, int D, bool ADD>
+__device__ __forceinline__ void gather_units(const FarArgs& args, int64_t first, unsigned units, uint16_t* list,
+                                             int lane) {
+  constexpr int kLanes = D / HalfTraits<T>::kVector, kAtOnce = 32 / kLanes;
+  unsigned far[kMostUnits];
+#pragma unroll
+  for (int i = 0; i < kMostUnits; ++i) far[i] = units >> i & 1 ? args.tile.far_masks[32 * (first + i) + lane] : 0u;
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kMostUnits; ++i) {
+    if (units >> i & 1) count = list_far_samples(list, count, far[i], i, lane);
+  }
+  __syncwarp();
+  for (int base = 0; base < count; base += kAtOnce) {
+    const bool real = base + lane / kLanes < count;
+    const int which = list[real ? base + lane / kLanes : 0];
+    const Unit unit = locate_unit(args, first + (which >> 9));
+    const FarSample sample = load_far_sample<T>(args, unit, which >> 4 & 31, which & 15);
+    far_sample<T, D, ADD>(args, sample, real, unit, lane % kLanes);
+  }
+  __syncwarp();  // the list is free again
+}
+
 // A warp takes several units at a time where there are enough of them for all warps of the device: where few samples
 // are far, their loads overlap.
 template <typename T, int D, bool ADD>
 __global__ void __launch_bounds__(32 * kFarWarps) far_kernel(const FarArgs args) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ uint16_t lists[kFarWarps][kMostUnits * 32 * 9];
-  constexpr int kLanes = D / 8, kAtOnce = 32 / kLanes;
+  __shared__ uint16_t lists[kFarWarps][kMostUnits * kUnitSamples];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  uint16_t* list = lists[warp];
   wait_for_previous_kernel();
   for (int64_t first = args.units_per_warp * (int64_t{blockIdx.x} * kFarWarps + warp); first < args.units;
        first += args.units_per_warp * int64_t{gridDim.x} * kFarWarps) {
     const bool flagged = lane < args.units_per_warp && first + lane < args.units && args.tile.far_units[first + lane];
     const unsigned units = __ballot_sync(window::kAllLanes, flagged);
-    if (units == 0) continue;
-    unsigned far[kMostUnits];
-#pragma unroll
-    for (int i = 0; i < kMostUnits; ++i) far[i] = units >> i & 1 ? args.tile.far_masks[32 * (first + i) + lane] : 0u;
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < kMostUnits; ++i) {
-      if (units >> i & 1) count = list_far_samples(list, count, far[i], i, lane);
-    }
-    __syncwarp();
-    for (int base = 0; base < count; base += kAtOnce) {
-      const bool real = base + lane / kLanes < count;
-      const int which = list[real ? base + lane / kLanes : 0];
-      const Unit unit = locate_unit(args, first + (which >> 9));
-      const FarSample sample = load_far_sample<T>(args, unit, which >> 4 & 31, which & 15);
-      far_sample<T, D, ADD>(args, sample, real, unit, lane % kLanes);
-    }
-    __syncwarp();  // the list is free again
+    if (units != 0) gather_units<T, D, ADD>(args, first, units, lists[warp], lane);
   }
 #endif
 }

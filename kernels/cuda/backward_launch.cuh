@@ -74,7 +74,7 @@ inline cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void
   const CUresult result = encode_tiled(map, type, 4, const_cast<void*>(pointer), sizes, strides, box, steps,
                                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<cudaError_t>(result);  // the runtime numbers its errors as the driver does
 }
 
 inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
@@ -153,12 +153,19 @@ inline int log2(int power_of_two) {
 
 constexpr int64_t kMultiprocessors = 132;  // of the devices at hand; only how the work is cut depends on it
 
+// How many far samples in reach make dense products of 8x8 outputs cheaper than a gather, by measurement.
+inline int few_samples(const Params& p, bool whole) {
+  if (whole && p.deterministic) return 0;
+  return whole ? 3072 / p.group_channels : 8192 / p.group_channels;
+}
+
 inline FarArgs far_args(const BackwardArgs& args, const TileArgs& tile, Tile shape) {
-  const int64_t units = count_units(args.p, shape), most_warps = kMultiprocessors * 7 * kFarWarps;
-  const int64_t each = units / most_warps;
-  return {tile, args.p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
+  const Params& p = args.p;
+  const int64_t units = count_units(p, shape), each = units / (kMultiprocessors * 7 * kFarWarps);
+  return {tile, p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
           log2(shape.units_x * shape.units_y),
-          static_cast<int>(each < 1 ? 1 : each > kMostUnits ? kMostUnits : each), units};
+          static_cast<int>(each < 1 ? 1 : each > kMostUnits ? kMostUnits : each),
+          few_samples(p, p.width_in <= 16 && p.height_in <= 16), units};
 }
 
 template <typename T, int D>

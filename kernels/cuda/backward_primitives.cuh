@@ -7,14 +7,16 @@
 
 namespace dcngen::backward {
 
-// What the dtypes add to window::Dtype; eight channels at a time for the far samples.
+// What the dtypes add to window::Dtype; for the far samples kVector channels, 16 bytes, at a time: then the lanes of a
+// sample reduce into neighbouring pieces.
 template <typename T>
 struct HalfTraits;
 
 template <typename T>
 struct HalfVectors : window::Dtype<T> {
   using Base = window::Dtype<T>;
-  static __device__ __forceinline__ void load8(float (&to)[8], const T* from) {
+  static constexpr int kVector = 8;
+  static __device__ __forceinline__ void load_vector(float (&to)[8], const T* from) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -59,21 +61,15 @@ struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
 template <>
 struct HalfTraits<float> {
   static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  static __device__ __forceinline__ void load8(float (&to)[8], const float* from) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 v = __ldg(reinterpret_cast<const float4*>(from) + i);
-      to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
-    }
+  static constexpr int kVector = 4;
+  static __device__ __forceinline__ void load_vector(float (&to)[4], const float* from) {
+    const float4 v = __ldg(reinterpret_cast<const float4*>(from));
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
-  static __device__ __forceinline__ void reduce_add(float* to, const float (&v)[8]) {
+  static __device__ __forceinline__ void reduce_add(float* to, const float (&v)[4]) {
 #if __CUDA_ARCH__ >= 900
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to + i), "f"(v[i]), "f"(v[i + 1]), "f"(v[i + 2]),
-                   "f"(v[i + 3])
-                   : "memory");
-    }
+    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
 #endif
   }
 };

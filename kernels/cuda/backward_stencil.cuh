@@ -13,7 +13,7 @@ struct Maps {
 struct TileArgs {
   const void* offset_mask;
   void* grad_offset_mask;
-  uint8_t* far_units;   // one flag a unit: some sample of it is not near
+  uint8_t* far_units;   // of a unit: 0 where all its samples are near, else 1 + how many of the others are in reach
   uint16_t* far_masks;  // of a flagged unit: bit k of lane l's mask is set where tap k of pixel l is not near
   int64_t offset_mask_stride, grad_offset_mask_stride;
   int channels;  // of grad_offset_mask; those past 27 * groups are written 0
@@ -97,10 +97,11 @@ __device__ __forceinline__ float2 displacement(uint32_t word, int i, int j, floa
 
 // Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of
 // these the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only the
-// derivative is that of a cell further out.)
+// derivative is that of a cell further out.) The bits from 16 on count those in reach of the windows of wide_kernel.
 template <typename T>
 __device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale) {
   constexpr uint32_t kToSign = 0x80008000u - HalfTraits<T>::kOne * 0x10001u;  // |h| >= 1 sets the top bit
+  constexpr float kReach = 4.f;
   unsigned far = 0, beyond = 0;
   if (scale == 1.f) {
     uint32_t largest = 0;
@@ -111,7 +112,8 @@ __device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale) {
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
     const float2 d = displacement<T>(om.word[k], k / 3, k % 3, scale);
-    far |= (fabsf(d.x) < 1.f && fabsf(d.y) < 1.f ? 0u : 1u) << k;
+    const bool in_reach = fabsf(d.x) < kReach && fabsf(d.y) < kReach;
+    if (!(fabsf(d.x) < 1.f && fabsf(d.y) < 1.f)) far += (in_reach ? 0x10000u : 0u) + (1u << k);
     beyond |= (fabsf(d.x) <= 1.f && fabsf(d.y) <= 1.f ? 0u : 1u) << k;
   }
   if (beyond == 0) return far;

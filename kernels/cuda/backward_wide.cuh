@@ -13,25 +13,24 @@
 namespace dcngen::backward {
 
 constexpr int kWideWarps = 8, kWideThreads = 32 * kWideWarps;
-constexpr int kWideSamples = 72;  // of a warp: it owns one row of eight output pixels
-constexpr int kFewSamples = 96;   // of 576: fewer far ones are gathered faster
+constexpr int kWideSamples = 72, kRounds = 3;  // of a warp: it owns one row of eight output pixels
 
 template <int D, int SIDE>
 struct WideShape {
   static constexpr int kCells = SIDE * SIDE;
-  // A row of T is 8 words past a multiple of 32, so that its fragments store without bank conflicts. The row of S lies
-  // at its beginning.
-  static constexpr int kRow = 4 * kCells + 32, kProducts = 64 * kRow;
-  static constexpr int kRecords = kWideWarps * kWideSamples * 12;
+  // The row of an output pixel: first T; then S (16 bytes on in every other four rows, so that eight rows' pieces lie in
+  // different banks) and nine records. It is 8 (24) words past a multiple of 32: no conflicts where T is stored.
+  static constexpr int kWeights = 2 * kCells + 16, kRecord = 20;
+  static constexpr int kRow = SIDE == 16 ? 4 * kCells + 32 : 4 * kCells + 96, kProducts = 64 * kRow;
   static constexpr int kInput = kCells * 2 * D, kGradOutput = 64 * 2 * D;
-  static constexpr int kShared = kInput + kGradOutput + kProducts + kRecords + 4 * kWideWarps /* flags */;
+  static constexpr int kShared = kInput + kGradOutput + kProducts + 8 * kWideWarps /* flags */;
   static constexpr int kBlocks = SIDE == 16 ? 2 : 3;
   // grad_input: tiles of 16 cells x 8 channels; a warp computes kTilesM x kTilesN of them.
   static constexpr int kColumnParts = SIDE == 8 && D >= 32 ? 2 : 1;
   static constexpr int kTilesM = SIDE == 16 ? 2 : 1, kTilesN = D / 8 / kColumnParts;
   static_assert(kShared + 1024 <= 228 * 1024 / kBlocks, "the blocks' shared memory");
+  static_assert(kWeights + 9 * kRecord <= kRow, "records stand behind the weights");
 
-  // Row of S; the 16 bytes keep eight rows' pieces in different banks.
   static __device__ __forceinline__ uint32_t weights_row(uint32_t products, int pixel) {
     return products + pixel * kRow + ((pixel >> 2) & 1) * 16;
   }
@@ -82,23 +81,14 @@ __device__ __forceinline__ void copy_cells(uint32_t to, const void* image, int64
   }
 }
 
-// A sample that the window takes, in 12 bytes of shared memory: lx, ly, and a word of the mask's 16 bits, the upper left
-// corner (plus 1) in the window, and what it is good for.
-struct WideRecord {
+// A sample that the window takes: a word of its mask's 16 bits, its upper left corner in the window (plus 1), and what
+// is to be done with it.
+struct WideSample {
   static constexpr uint32_t kTaken = 1u << 30, kAdds = 1u << 31;
   float lx, ly;
   uint32_t word;
   __device__ __forceinline__ int left() const { return static_cast<int>(word >> 16 & 31) - 1; }
   __device__ __forceinline__ int top() const { return static_cast<int>(word >> 21 & 31) - 1; }
-  static __device__ __forceinline__ WideRecord load(uint32_t from) {
-    return {__uint_as_float(window::load_shared(from)), __uint_as_float(window::load_shared(from + 4)),
-            window::load_shared(from + 8)};
-  }
-  __device__ __forceinline__ void store(uint32_t to) const {
-    window::store_shared(to, __float_as_uint(lx));
-    window::store_shared(to + 4, __float_as_uint(ly));
-    window::store_shared(to + 8, word);
-  }
 };
 
 // Whether all of a sample's corners on the map, along one axis, lie in [begin, begin + SIDE).
@@ -107,36 +97,36 @@ __device__ __forceinline__ bool fits(int first, int begin, int length) {
   return max(first, 0) >= begin && min(first + 1, length - 1) < begin + SIDE;
 }
 
-// The records of a warp's eight pixels, the far ones of `far` (lane l: pixel l of the unit). Returns, as far_masks has
-// it, what does not fit: lane l < 8 the bits of the warp's pixel l.
+// Lane l's samples l, l + 32, l + 64 of a warp's row, nine a pixel: those that are far (`far`, lane l: pixel l of the
+// unit, its first of the row `first`) and fit. Returns, as far_masks has it, what does not fit: lane l < 8 the bits of
+// pixel l of the row. `om`: the numbers of the row's first pixel, `to`: their gradients.
 template <typename T, int SIDE, bool WHOLE>
-__device__ __forceinline__ unsigned make_records(const FarArgs& args, const Unit& unit, unsigned far,
-                                                 const WideWindow<SIDE, WHOLE>& window, uint32_t records, int first,
-                                                 int lane) {
-  const int width = args.tile.width_in, height = args.tile.height_in;
+__device__ __forceinline__ unsigned take_samples(WideSample (&samples)[kRounds], const TileArgs& tile, const T* om, T* to,
+                                                 int u_x, int u_y, unsigned far, int first,
+                                                 const WideWindow<SIDE, WHOLE>& window, int lane) {
   unsigned left_over = 0;
-#pragma unroll 1
-  for (int i = 0; i < 3; ++i) {
-    const int number = lane + 32 * i, pixel = first + (number < kWideSamples ? number / 9 : 0), tap = number % 9;
-    const unsigned bits = __shfl_sync(window::kAllLanes, far, pixel);
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int number = lane + 32 * i, pixel = number < kWideSamples ? number / 9 : 0, tap = number % 9;
+    const unsigned bits = __shfl_sync(window::kAllLanes, far, first + pixel);
     const bool is_far = number < kWideSamples && (bits >> tap & 1);
-    WideRecord record = {0.f, 0.f, 0u};
+    samples[i] = {0.f, 0.f, 0u};
     bool taken = false;
     if (is_far) {
-      const FarSample sample = load_far_sample<T>(args, unit, pixel, tap);
-      const Corners corners(sample, width, height);
+      const FarSample sample = read_sample(om + pixel * static_cast<int>(tile.offset_mask_stride), u_x + pixel, u_y,
+                                           tap, tile.scale);
+      const Corners corners(sample, tile.width_in, tile.height_in);
       taken = !corners.counts || WHOLE ||
-              (fits<SIDE>(corners.left, window.x, width) && fits<SIDE>(corners.top, window.y, height));
+              (fits<SIDE>(corners.left, window.x, tile.width_in) && fits<SIDE>(corners.top, window.y, tile.height_in));
       if (!corners.counts) {
-        store_gradient<T>(args.tile, sample.out, unit.group, tap, {0.f, 0.f, 0.f}, 0.f);
+        store_gradient(to + pixel * static_cast<int>(tile.grad_offset_mask_stride), tap, {0.f, 0.f, 0.f}, 0.f);
       } else if (taken) {
-        record.lx = corners.lx, record.ly = corners.ly;
-        record.word = (HalfTraits<T>::pack(sample.mask, 0.f) & 0xffffu) | (corners.left + 1 - window.x) << 16 |
-                      (corners.top + 1 - window.y) << 21 | WideRecord::kTaken |
-                      (sample.beyond() ? WideRecord::kAdds : 0u);
+        samples[i].lx = corners.lx, samples[i].ly = corners.ly;
+        samples[i].word = (HalfTraits<T>::pack(sample.mask, 0.f) & 0xffffu) | (corners.left + 1 - window.x) << 16 |
+                          (corners.top + 1 - window.y) << 21 | WideSample::kTaken |
+                          (sample.beyond() ? WideSample::kAdds : 0u);
       }
     }
-    if (number < kWideSamples) record.store(records + 12 * number);
     if (WHOLE) continue;
     const unsigned missed = __ballot_sync(window::kAllLanes, is_far && !taken);
     const int shift = 9 * lane - 32 * i;  // the lane's bits among all 72
@@ -158,7 +148,7 @@ __device__ __forceinline__ void multiply_cells(uint32_t products, uint32_t input
     load_fragments<false>(a[k], grad_output + tile_offset<D>(row + (lane & 15), 2 * k + (lane >> 4)));
   }
   uint32_t to = products + (row + (lane >> 2)) * Shape::kRow + 8 * (lane & 3);
-#pragma unroll 2
+#pragma unroll (D == 64 ? 1 : 2)
   for (int tile = 0; tile < Shape::kCells / 16; tile += kAtOnce) {
     const int cell = (warp >> 2) * (Shape::kCells / 2) + 8 * tile;
     uint32_t b[D == 16 ? 1 : D / 32][4];
@@ -185,51 +175,77 @@ __device__ __forceinline__ void multiply_cells(uint32_t products, uint32_t input
   }
 }
 
-// The gradients of the taken samples of a warp's row of output pixels, the first of which has number `out`.
+// The gradients of the warp's samples from its rows of T.
 template <typename T, int SIDE, int ROW>
-__device__ __forceinline__ void look_up_gradients(const FarArgs& args, uint32_t row, uint32_t records, int64_t out,
-                                                  int group, int lane) {
-#pragma unroll 1
-  for (int i = 0; i < 3; ++i) {
+__device__ __forceinline__ void look_up_gradients(const WideSample (&samples)[kRounds], const TileArgs& tile,
+                                                  uint32_t rows, T* to, int lane) {
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
     const int number = lane + 32 * i, pixel = number / 9;
-    if (number >= kWideSamples) continue;
-    const WideRecord record = WideRecord::load(records + 12 * number);
-    if (!(record.word & WideRecord::kTaken)) continue;
+    const WideSample& sample = samples[i];
+    if (!(sample.word & WideSample::kTaken)) continue;
     float dot[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const int x = record.left() + (q & 1), y = record.top() + (q >> 1);
+      const int x = sample.left() + (q & 1), y = sample.top() + (q >> 1);
       const bool inside = static_cast<unsigned>(x) < SIDE && static_cast<unsigned>(y) < SIDE;
-      dot[q] = inside ? __uint_as_float(window::load_shared(row + pixel * ROW + 4 * (y * SIDE + x))) : 0.f;
+      dot[q] = inside ? __uint_as_float(window::load_shared(rows + pixel * ROW + 4 * (y * SIDE + x))) : 0.f;
     }
-    store_gradient<T>(args.tile, out + pixel, group, number - 9 * pixel, corner_gradient(dot, record.lx, record.ly),
-                      args.tile.scale * HalfTraits<T>::low(record.word));
+    store_gradient(to + pixel * static_cast<int>(tile.grad_offset_mask_stride), number - 9 * pixel,
+                   corner_gradient(dot, sample.lx, sample.ly), tile.scale * HalfTraits<T>::low(sample.word));
   }
 }
 
-// S of a warp's row of output pixels: four lanes a pixel. Of a sample's four corners, one lies at each parity of (x, y):
-// that is the lane's, so no two lanes add to one cell.
+// Of a sample's four corners, one lies at each parity of (x, y). Its record: the weights of its even and odd column, of
+// its even and odd row times the mask (0 outside the window), and its place.
+template <typename T, int SIDE>
+__device__ __forceinline__ void store_record(uint32_t to, const WideSample& sample) {
+  float column[2] = {}, row[2] = {};
+  if (sample.word & WideSample::kAdds) {
+    const float mask = HalfTraits<T>::low(sample.word);
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const int right = (sample.left() ^ odd) & 1, down = (sample.top() ^ odd) & 1;
+      if (static_cast<unsigned>(sample.left() + right) < SIDE) column[odd] = right ? sample.lx : 1.f - sample.lx;
+      if (static_cast<unsigned>(sample.top() + down) < SIDE) row[odd] = mask * (down ? sample.ly : 1.f - sample.ly);
+    }
+  }
+  window::store_shared(to, __float_as_uint(column[0]));
+  window::store_shared(to + 4, __float_as_uint(column[1]));
+  window::store_shared(to + 8, __float_as_uint(row[0]));
+  window::store_shared(to + 12, __float_as_uint(row[1]));
+  window::store_shared(to + 16, (sample.left() + SIDE) | (sample.top() + SIDE) << 8);
+}
+
+// S of a warp's row of output pixels: four lanes a pixel, a lane a parity, so that no two add to one cell.
 template <typename T, int D, int SIDE>
-__device__ __forceinline__ void build_weights(uint32_t products, uint32_t records, int first, int lane) {
+__device__ __forceinline__ void build_weights(const WideSample (&samples)[kRounds], uint32_t products, int first,
+                                              int lane) {
   using Shape = WideShape<D, SIDE>;
   constexpr int kPieces = Shape::kCells / 8;  // of 16 bytes, a row
 #pragma unroll
   for (int i = lane; i < 8 * kPieces; i += 32) {
     window::store_shared16(Shape::weights_row(products, first + i / kPieces) + 16 * (i % kPieces), 0, 0, 0, 0);
   }
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int number = lane + 32 * i, pixel = number / 9;
+    if (number >= kWideSamples) continue;
+    store_record<T, SIDE>(products + (first + pixel) * Shape::kRow + Shape::kWeights +
+                              (number - 9 * pixel) * Shape::kRecord, samples[i]);
+  }
   __syncwarp();
-  const uint32_t row = Shape::weights_row(products, first + (lane >> 2)), from = records + 12 * 9 * (lane >> 2);
+  const int odd_x = lane & 1, odd_y = (lane >> 1) & 1, pixel = first + (lane >> 2);
+  const uint32_t row = Shape::weights_row(products, pixel);
+  const uint32_t records = products + pixel * Shape::kRow + Shape::kWeights;
+  const uint32_t to_parity = (1 - odd_x) | (1 - odd_y) << 8, parity = odd_x | odd_y << 8;
 #pragma unroll 3
   for (int tap = 0; tap < 9; ++tap) {
-    const WideRecord record = WideRecord::load(from + 12 * tap);
-    const int left = record.left(), top = record.top();
-    const int right = (left ^ lane) & 1, down = (top ^ lane >> 1) & 1, x = left + right, y = top + down;
-    if (!(record.word & WideRecord::kAdds) || static_cast<unsigned>(x) >= SIDE || static_cast<unsigned>(y) >= SIDE) {
-      continue;
-    }
-    const float weight = HalfTraits<T>::low(record.word) * (right ? record.lx : 1.f - record.lx) *
-                         (down ? record.ly : 1.f - record.ly);
-    const uint32_t cell = row + 2 * (y * SIDE + x);
+    const uint32_t record = records + tap * Shape::kRecord, place = window::load_shared(record + 16);
+    const float weight = __uint_as_float(window::load_shared(record + 4 * odd_x)) *
+                         __uint_as_float(window::load_shared(record + 8 + 4 * odd_y));
+    const uint32_t at = ((place + to_parity) & 0xfefeu) | parity;  // a corner outside adds 0 to some other cell
+    const uint32_t cell = row + 2 * ((at & (SIDE - 1)) + (at >> 8 & (SIDE - 1)) * SIDE);
     store_half(cell, HalfTraits<T>::pack(HalfTraits<T>::low(load_half(cell)) + weight, 0.f));
   }
 }
@@ -309,26 +325,22 @@ __device__ __forceinline__ void wide_window(const FarArgs& args, uint32_t number
   const TileArgs& tile = args.tile;
   const Params& p = args.p;
   const uint32_t input = shared, grad_output = input + Shape::kInput, products = grad_output + Shape::kGradOutput;
-  const uint32_t records = products + Shape::kProducts + warp * kWideSamples * 12;
-  const int lower = Window::lower(args);
   const int cell = 16 * Shape::kTilesM * (warp / Shape::kColumnParts);
   const int piece = Shape::kTilesN * (warp % Shape::kColumnParts);
   float sums[Shape::kTilesM][Shape::kTilesN][4] = {};
-  const Window window(args, locate_unit(args, Window::upper_unit(args, number, 0)));
   bool some = false;
 #pragma unroll 1
   for (int i = 0; i < Window::pieces(args); ++i) {
     // Unknown to the compiler from here on: it would keep dozens of addresses in registers from piece to piece.
     asm volatile("" : "+r"(lane), "+r"(warp));
     const int thread = 32 * warp + lane;
-    const int64_t upper = Window::upper_unit(args, number, i);
-    const unsigned far_upper = tile.far_units[upper] ? tile.far_masks[32 * upper + lane] : 0u;
-    const unsigned far_lower = tile.far_units[upper + lower] ? tile.far_masks[32 * (upper + lower) + lane] : 0u;
-    const int count = __reduce_add_sync(window::kAllLanes, __popc(far_upper) + __popc(far_lower));
-    __syncthreads();  // every warp has read the masks and is done with the products before
-    if (count == 0 || (!WHOLE && count < kFewSamples)) continue;
+    const int64_t upper = Window::upper_unit(args, number, i), own = upper + (warp < 4 ? 0 : Window::lower(args));
+    const unsigned mask = tile.far_masks[32 * own + lane], far = tile.far_units[own] ? mask : 0u;
+    const bool any = __syncthreads_or(far != 0);  // also: every warp is done with the products before
+    if (!any) continue;
 
-    const Unit unit = locate_unit(args, warp < 4 ? upper : upper + lower);
+    const Unit unit = locate_unit(args, upper);
+    const Window window(args, unit);
     if (!some) {
       copy_cells<T, D, Shape::kCells>(
           input,
@@ -337,7 +349,7 @@ __device__ __forceinline__ void wide_window(const FarArgs& args, uint32_t number
           p.input_pixel_stride, window.x, window.y, SIDE == 16 ? 4 : 3, tile.width_in, tile.height_in, thread);
     }
     some = true;
-    const int y = unit.u_y - (warp < 4 ? 0 : 4) - tile.shift_y, x = unit.u_x - tile.shift_x;
+    const int y = unit.u_y - tile.shift_y, x = unit.u_x - tile.shift_x;
     const int64_t first_out = int64_t{window.n} * (tile.height_out * tile.width_out);  // of the image
     copy_cells<T, D, 64>(
         grad_output,
@@ -345,50 +357,92 @@ __device__ __forceinline__ void wide_window(const FarArgs& args, uint32_t number
         p.output_pixel_stride, x, y, 3, tile.width_out, tile.height_out, thread);
     window::copy_commit();
     const int first = 8 * (warp & 3);
-    const unsigned left_over = make_records<T, SIDE, WHOLE>(args, unit, warp < 4 ? far_upper : far_lower, window,
-                                                            records, first, lane);
-    if (!WHOLE && lane < 8) tile.far_masks[32 * (warp < 4 ? upper : upper + lower) + first + lane] = left_over;
+    const int64_t out = first_out + (y + warp) * tile.width_out + x;
+    T* to = static_cast<T*>(tile.grad_offset_mask) + out * tile.grad_offset_mask_stride + 27 * window.group;
+    WideSample samples[kRounds];
+    const unsigned left_over = take_samples<T, SIDE, WHOLE>(
+        samples, tile, static_cast<const T*>(tile.offset_mask) + out * tile.offset_mask_stride + 27 * window.group, to,
+        unit.u_x, unit.u_y + warp, far, first, window, lane);
+    if (!WHOLE && lane < 8) tile.far_masks[32 * own + first + lane] = static_cast<uint16_t>(left_over);
     window::copy_wait<0>();
     __syncthreads();
 
     multiply_cells<T, D, SIDE>(products, input, grad_output, warp, lane);
     __syncthreads();
-    const int64_t out = first_out + (y + warp) * tile.width_out + x;
-    look_up_gradients<T, SIDE, Shape::kRow>(args, products + 8 * warp * Shape::kRow, records, out, window.group, lane);
+    look_up_gradients<T, SIDE, Shape::kRow>(samples, tile, products + 8 * warp * Shape::kRow, to, lane);
     __syncwarp();
-    build_weights<T, D, SIDE>(products, records, 8 * warp, lane);
+    build_weights<T, D, SIDE>(samples, products, 8 * warp, lane);
     __syncthreads();
     if (cell < Shape::kCells) multiply_transposed<T, D, SIDE>(sums, products, grad_output, cell, piece, lane);
   }
   if (some && cell < Shape::kCells) {
+    const Window window(args, locate_unit(args, Window::upper_unit(args, number, 0)));
     add_to_input_gradient<T, D, SIDE, WHOLE>(args, window, sums, input, cell, piece, lane);
   }
 }
 
+// What a window needs: nothing, a gather of its few far samples, or dense products.
+enum class Need { kNothing, kGather, kProducts };
+
+template <int SIDE, bool WHOLE>
+__device__ __forceinline__ Need need_of(const FarArgs& args, uint32_t number) {
+  using Window = WideWindow<SIDE, WHOLE>;
+  const int pieces = Window::pieces(args), lower = Window::lower(args);
+  int any = 0, in_reach = 0;
+  for (int i = 0; i < pieces; ++i) {
+    const int64_t unit = Window::upper_unit(args, number, i);
+    const int a = args.tile.far_units[unit], b = args.tile.far_units[unit + lower];
+    any |= a | b;
+    in_reach += (a ? a - 1 : 0) + (b ? b - 1 : 0);
+  }
+  return any == 0 ? Need::kNothing : in_reach < pieces * args.few_samples ? Need::kGather : Need::kProducts;
+}
+
+// The windows that need a gather, of those from `first` on: the warps take their units in turn.
+
+template <typename T, int D, int SIDE>
+__device__ __forceinline__ void gather_windows(const FarArgs& args, uint32_t first, uint32_t flags, uint16_t* list) {
+  using Window = WideWindow<SIDE, true>;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  int turn = 0;
+  for (int word = 0; word < kWideWarps; ++word) {
+    for (unsigned rest = window::load_shared(flags + 8 * word + 4); rest; rest &= rest - 1) {
+      const uint32_t number = first + gridDim.x * (32 * word + __ffs(rest) - 1);
+      for (int i = 0; i < 2 * Window::pieces(args); ++i, turn = (turn + 1) % kWideWarps) {
+        if (turn != warp) continue;
+        const int64_t unit = Window::upper_unit(args, number, i >> 1) + (i & 1 ? Window::lower(args) : 0);
+        if (args.tile.far_units[unit]) gather_units<T, D, true>(args, unit, 1u, list, lane);
+      }
+    }
+  }
+}
+
 template <typename T, int D, int SIDE, bool WHOLE>
-__global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks) wide_kernel(const FarArgs args) {
+__global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks) wide_kernel(const __grid_constant__ FarArgs args) {
 #if __CUDA_ARCH__ >= 900
   using Window = WideWindow<SIDE, WHOLE>;
   extern __shared__ __align__(16) uint8_t wide_shared[];
   const uint32_t memory = window::smem_address(wide_shared);
-  const uint32_t flags = memory + WideShape<D, SIDE>::kShared - 4 * kWideWarps;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lower = Window::lower(args);
+  const uint32_t flags = memory + WideShape<D, SIDE>::kShared - 8 * kWideWarps;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t windows = static_cast<uint32_t>(Window::count(args)), step = gridDim.x;
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  // Every thread looks at one of the block's windows, then the block takes those with far samples.
+  // Every thread looks at one of the block's windows. On a small map the warps gather where few samples are far, a unit
+  // at a time; then the block takes the windows with many.
   for (uint32_t first = blockIdx.x; first < windows; first += step * kWideThreads) {
     const uint32_t mine = first + step * threadIdx.x;
-    bool flagged = false;
-    for (int i = 0; mine < windows && i < Window::pieces(args); ++i) {
-      const int64_t upper = Window::upper_unit(args, mine, i);
-      flagged = flagged || args.tile.far_units[upper] || args.tile.far_units[upper + lower];
-    }
-    const unsigned ballot = __ballot_sync(window::kAllLanes, flagged);
-    if (lane == 0) window::store_shared(flags + 4 * warp, ballot);
+    const Need need = mine < windows ? need_of<SIDE, WHOLE>(args, mine) : Need::kNothing;
+    const unsigned dense = __ballot_sync(window::kAllLanes, need == Need::kProducts);
+    const unsigned sparse = __ballot_sync(window::kAllLanes, need == Need::kGather);
+    if (lane == 0) store_pair(flags + 8 * warp, dense, sparse);
     __syncthreads();
+    if constexpr (WHOLE) {
+      gather_windows<T, D, SIDE>(args, first, flags, reinterpret_cast<uint16_t*>(wide_shared) + warp * kUnitSamples);
+      __syncthreads();
+    }
     for (int word = 0; word < kWideWarps; ++word) {
-      for (unsigned rest = window::load_shared(flags + 4 * word); rest; rest &= rest - 1) {
+      for (unsigned rest = window::load_shared(flags + 8 * word); rest; rest &= rest - 1) {
         wide_window<T, D, SIDE, WHOLE>(args, first + step * (32 * word + __ffs(rest) - 1), memory, warp, lane);
       }
     }
