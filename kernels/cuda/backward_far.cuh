@@ -4,102 +4,9 @@
 // Where a reproducible result is asked for, the reductions are left to far_owner_kernel, which adds in a fixed order.
 #pragma once
 
-#include "backward_stencil.cuh"
+#include "backward_samples.cuh"
 
 namespace dcngen::backward {
-
-struct FarArgs {
-  TileArgs tile;
-  Params p;
-  const void *grad_output, *input;
-  void* grad_input;
-  int log_units_x, log_units_per_tile;
-  int units_per_warp;  // of far_kernel, at a time: 1 to kMostUnits
-  int few_samples;     // wide_kernel leaves 8x8 outputs with fewer in reach to a gather
-  int64_t units;
-};
-
-constexpr int kFarWarps = 4, kMostUnits = 4, kUnitSamples = 32 * 9;
-
-// Where a unit lies: its group, image and first u.
-struct Unit {
-  int n, group, u_x, u_y;
-};
-
-__device__ __forceinline__ Unit locate_unit(const FarArgs& args, int64_t number) {
-  const TileArgs& tile = args.tile;
-  uint32_t index = static_cast<uint32_t>(number >> args.log_units_per_tile);
-  const int in_tile = static_cast<int>(number) & ((1 << args.log_units_per_tile) - 1);
-  const int units_x = 1 << args.log_units_x, log_units_y = args.log_units_per_tile - args.log_units_x;
-  Unit unit;
-  unit.group = tile.by_group.split(index);
-  const int tile_x = tile.by_tiles_x.split(index), tile_y = tile.by_tiles_y.split(index);
-  unit.n = index;
-  unit.u_x = tile.origin_x + 8 * ((tile_x << args.log_units_x) + (in_tile & (units_x - 1)));
-  unit.u_y = tile.origin_y + 4 * ((tile_y << log_units_y) + (in_tile >> args.log_units_x));
-  return unit;
-}
-
-// One sample: the integer place of its tap, the displacement from there, its mask, the output pixel's number, the tap.
-struct FarSample {
-  int x, y;
-  float dx, dy, mask;
-  int64_t out;
-  int tap;
-  // The tile kernel left it out of the input gradient too.
-  __device__ __forceinline__ bool beyond() const { return !(fabsf(dx) <= 1.f && fabsf(dy) <= 1.f); }
-};
-
-// `om`: the numbers of its (pixel, group), which has its middle tap at (u_x, u_y).
-template <typename T>
-__device__ __forceinline__ FarSample read_sample(const T* om, int u_x, int u_y, int tap, float scale) {
-  const int i = tap / 3, j = tap - 3 * i;
-  FarSample sample;
-  sample.dx = fmaf(scale, static_cast<float>(om[2 * tap]), (scale - 1.f) * (i - 1));
-  sample.dy = fmaf(scale, static_cast<float>(om[2 * tap + 1]), (scale - 1.f) * (j - 1));
-  sample.mask = static_cast<float>(om[18 + tap]);
-  sample.x = u_x + i - 1;
-  sample.y = u_y + j - 1;
-  sample.tap = tap;
-  return sample;
-}
-
-template <typename T>
-__device__ __forceinline__ FarSample load_far_sample(const FarArgs& args, const Unit& unit, int pixel, int tap) {
-  const TileArgs& tile = args.tile;
-  const int u_x = unit.u_x + (pixel & 7), u_y = unit.u_y + (pixel >> 3);
-  const int64_t out =
-      (int64_t{unit.n} * tile.height_out + u_y - tile.shift_y) * tile.width_out + u_x - tile.shift_x;
-  const T* om = static_cast<const T*>(tile.offset_mask) + out * tile.offset_mask_stride + 27 * unit.group;
-  FarSample sample = read_sample(om, u_x, u_y, tap, tile.scale);
-  sample.out = out;
-  return sample;
-}
-
-// The four input pixels around a sample; `counts` is false outside the image and for NaN. The fractions come from the
-// displacement alone: added to a large coordinate first, it would lose digits.
-struct Corners {
-  int left, top;
-  float lx, ly;
-  bool counts;
-  __device__ __forceinline__ Corners(const FarSample& sample, int width, int height) {
-    constexpr float kFurthest = 1e9f;  // beyond every image, and still an int; NaN and infinities fail the test
-    counts = fabsf(sample.dx) < kFurthest && fabsf(sample.dy) < kFurthest;
-    const float fx = counts ? floorf(sample.dx) : 0.f, fy = counts ? floorf(sample.dy) : 0.f;
-    left = sample.x + static_cast<int>(fx), top = sample.y + static_cast<int>(fy);
-    lx = sample.dx - fx, ly = sample.dy - fy;
-    counts = counts && left < width && (left >= 0 || (left == -1 && lx > 0.f)) && top < height &&
-             (top >= 0 || (top == -1 && ly > 0.f));
-  }
-  __device__ __forceinline__ float weight(int corner) const {
-    return (corner & 1 ? lx : 1.f - lx) * (corner >> 1 ? ly : 1.f - ly);
-  }
-  // The pixel's number in the image, or -1 outside.
-  __device__ __forceinline__ int pixel(int corner, int width, int height) const {
-    const int x = left + (corner & 1), y = top + (corner >> 1);
-    return counts && x >= 0 && x < width && y >= 0 && y < height ? y * width + x : -1;
-  }
-};
 
 // The gradients of a sample (before offset_scale and mask) from the products of grad_output with its four corners.
 __device__ __forceinline__ TapGradient corner_gradient(const float (&dot)[4], float lx, float ly) {
@@ -118,12 +25,17 @@ __device__ __forceinline__ void store_gradient(T* to, int tap, const TapGradient
 
 // One sample by D / kVector lanes.
 template <typename T, int D, bool ADD>
-__device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, const Unit& unit, int part) {
+__device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, const Unit& unit, bool window,
+                           int part) {
   const Params& p = args.p;
   constexpr int kVector = HalfTraits<T>::kVector;
   const int width = static_cast<int>(p.width_in), height = static_cast<int>(p.height_in);
   Corners corners(sample, width, height);
   corners.counts = corners.counts && real;
+  // Single precision: scatter_kernel has added what lies in the window.
+  const int upper_y = ((unit.u_y - args.tile.origin_y) & ~7) + args.tile.origin_y;
+  const bool added = window && fits<kScatterSide>(corners.left, window_begin<kScatterSide>(unit.u_x, width), width) &&
+                     fits<kScatterSide>(corners.top, window_begin<kScatterSide>(upper_y, height), height);
   TapGradient gradient = {0.f, 0.f, 0.f};
   float factor = 0.f;
   if (corners.counts) {
@@ -145,7 +57,7 @@ __device__ void far_sample(const FarArgs& args, const FarSample& sample, bool re
     for (int q = 0; q < 4; ++q) {
 #pragma unroll
       for (int c = 0; c < kVector; ++c) dot[q] = fmaf(grad[c], value[q][c], dot[q]);
-      if (ADD && sample.beyond() && pixels[q] >= 0) {
+      if (ADD && sample.beyond() && !added && pixels[q] >= 0) {
         const float weight = sample.mask * corners.weight(q);
         float add[kVector];
 #pragma unroll
@@ -196,13 +108,18 @@ __device__ __forceinline__ void gather_units(const FarArgs& args, int64_t first,
   for (int i = 0; i < kMostUnits; ++i) {
     if (units >> i & 1) count = list_far_samples(list, count, far[i], i, lane);
   }
+  unsigned windows = 0;
+  if constexpr (ADD && sizeof(T) == 4) {
+    const bool window = lane < kMostUnits && (units >> lane & 1) && has_window(args, upper_unit_of(args, first + lane));
+    windows = __ballot_sync(window::kAllLanes, window);
+  }
   __syncwarp();
   for (int base = 0; base < count; base += kAtOnce) {
     const bool real = base + lane / kLanes < count;
     const int which = list[real ? base + lane / kLanes : 0];
     const Unit unit = locate_unit(args, first + (which >> 9));
     const FarSample sample = load_far_sample<T>(args, unit, which >> 4 & 31, which & 15);
-    far_sample<T, D, ADD>(args, sample, real, unit, lane % kLanes);
+    far_sample<T, D, ADD>(args, sample, real, unit, windows >> (which >> 9) & 1, lane % kLanes);
   }
   __syncwarp();  // the list is free again
 }

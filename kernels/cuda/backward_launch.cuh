@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "backward_far.cuh"
+#include "backward_scatter.cuh"
 #include "backward_single.cuh"
 #include "backward_tile.cuh"
 #include "backward_wide.cuh"
@@ -153,8 +154,9 @@ inline int log2(int power_of_two) {
 
 constexpr int64_t kMultiprocessors = 132;  // of the devices at hand; only how the work is cut depends on it
 
-// How many far samples in reach make dense products of 8x8 outputs cheaper than a gather, by measurement.
+// How many far samples in reach make the sums of 8x8 outputs over a window cheaper than a gather, by measurement.
 inline int few_samples(const Params& p, bool whole) {
+  if (p.dtype == DCNGEN_FLOAT32) return 64;
   if (whole && p.deterministic) return 0;
   return whole ? 3072 / p.group_channels : 8192 / p.group_channels;
 }
@@ -178,18 +180,23 @@ cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
   return launch(far_owner_kernel<T, D>, far.p.batch * far.p.groups, D, 0, stream, false, far);
 }
 
-template <typename T, int D, int SIDE, bool WHOLE>
-cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
-  using Shape = WideShape<D, SIDE>;
-  const auto kernel = wide_kernel<T, D, SIDE, WHOLE>;
+template <typename Shape>
+cudaError_t launch_windows(void (*kernel)(FarArgs), int64_t windows, int threads, const FarArgs& far,
+                           cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
   if (error != cudaSuccess) return error;
-  const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = kMultiprocessors * Shape::kBlocks;
-  return launch(kernel, windows < most ? windows : most, kWideThreads, Shape::kShared, stream, true, far);
+  const int64_t most = kMultiprocessors * Shape::kBlocks;
+  return launch(kernel, windows < most ? windows : most, threads, Shape::kShared, stream, true, far);
 }
 
-// Maps of at most 16x16 inputs are one window. On larger ones the window takes most of the far samples and far_kernel
-// the others; where a reproducible result is asked for, it takes them all.
+template <typename T, int D, int SIDE, bool WHOLE>
+cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
+  return launch_windows<WideShape<D, SIDE>>(wide_kernel<T, D, SIDE, WHOLE>, WideWindow<SIDE, WHOLE>::count(far),
+                                            kWideThreads, far, stream);
+}
+
+// Half types: maps of at most 16x16 inputs are one window. On larger ones the window takes most of the far samples and
+// far_kernel the others; where a reproducible result is asked for, it takes them all.
 template <typename T, int D>
 cudaError_t launch_after_tile(const FarArgs& far, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
@@ -200,6 +207,11 @@ cudaError_t launch_after_tile(const FarArgs& far, cudaStream_t stream) {
       const cudaError_t error = launch_wide<T, D, 16, false>(far, stream);
       if (error != cudaSuccess) return error;
     }
+  } else if (!far.p.deterministic) {
+    using Shape = ScatterShape<D>;
+    const cudaError_t error =
+        launch_windows<Shape>(scatter_kernel<D>, far.units / 2, Shape::kThreads, far, stream);
+    if (error != cudaSuccess) return error;
   }
   return launch_far<T, D>(far, stream);
 }

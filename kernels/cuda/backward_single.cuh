@@ -53,7 +53,7 @@ __device__ __forceinline__ unsigned remove_far(SingleOffsetMask& om, float scale
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
     const float2 d = om.displacement(k, scale);
-    far |= (fabsf(d.x) < 1.f && fabsf(d.y) < 1.f ? 0u : 1u) << k;
+    if (!(fabsf(d.x) < 1.f && fabsf(d.y) < 1.f)) far += far_bits(d, k);
     if (!(fabsf(d.x) <= 1.f && fabsf(d.y) <= 1.f)) om.value[2 * k] = om.value[2 * k + 1] = om.value[18 + k] = 0.f;
   }
   return far;
@@ -234,10 +234,7 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
                       py < args.height_out + args.shift_y;
   unsigned far = remove_far(om, args.scale);
   if (!inside) far = 0;
-  const bool any_far = __any_sync(window::kAllLanes, far != 0);
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp;
-  if (lane == 0) args.far_units[unit] = any_far;
-  if (any_far) args.far_masks[32 * unit + lane] = static_cast<uint16_t>(far);
+  note_far_samples(args, static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp, far, lane);
   if (active) {
     pixel_gradients(om, products, px, py, args.scale, offset_mask_stage + 108 * lane, region_c + 100 * slot);
     __syncwarp();

@@ -145,14 +145,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
                         py < args.height_out + args.shift_y;
     unsigned far = remove_far<T>(om, args.scale);
     if (!inside) far = 0;
-    const bool any_far = __any_sync(window::kAllLanes, far != 0);
-    const int64_t unit = static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp;
-    unsigned flag = 0;
-    if (any_far) {
-      flag = 1 + min(__reduce_add_sync(window::kAllLanes, far >> 16), 254u);
-      args.far_masks[32 * unit + lane] = static_cast<uint16_t>(far);
-    }
-    if (lane == 0) args.far_units[unit] = static_cast<uint8_t>(flag);
+    note_far_samples(args, static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp, far, lane);
     pixel_gradients<T>(om, products, px, py, args.scale, offset_mask_stage + 56 * lane,
                        WeightFrame(region_c + 96 * slot, x, y));
     __syncwarp();

@@ -20,7 +20,7 @@ struct WideShape {
   static constexpr int kCells = SIDE * SIDE;
   // The row of an output pixel: first T; then S (16 bytes on in every other four rows, so that eight rows' pieces lie in
   // different banks) and nine records. It is 8 (24) words past a multiple of 32: no conflicts where T is stored.
-  static constexpr int kWeights = 2 * kCells + 16, kRecord = 20;
+  static constexpr int kWeights = 2 * kCells + 16;
   static constexpr int kRow = SIDE == 16 ? 4 * kCells + 32 : 4 * kCells + 96, kProducts = 64 * kRow;
   static constexpr int kInput = kCells * 2 * D, kGradOutput = 64 * 2 * D;
   static constexpr int kShared = kInput + kGradOutput + kProducts + 8 * kWideWarps /* flags */;
@@ -29,7 +29,7 @@ struct WideShape {
   static constexpr int kColumnParts = SIDE == 8 && D >= 32 ? 2 : 1;
   static constexpr int kTilesM = SIDE == 16 ? 2 : 1, kTilesN = D / 8 / kColumnParts;
   static_assert(kShared + 1024 <= 228 * 1024 / kBlocks, "the blocks' shared memory");
-  static_assert(kWeights + 9 * kRecord <= kRow, "records stand behind the weights");
+  static_assert(kWeights + 9 * kRecordBytes <= kRow, "records stand behind the weights");
 
   static __device__ __forceinline__ uint32_t weights_row(uint32_t products, int pixel) {
     return products + pixel * kRow + ((pixel >> 2) & 1) * 16;
@@ -60,8 +60,8 @@ struct WideWindow {
     return (tile << args.log_units_per_tile) + column;
   }
   __device__ __forceinline__ WideWindow(const FarArgs& args, const Unit& unit) : n(unit.n), group(unit.group) {
-    x = WHOLE ? 0 : max(min(unit.u_x + 4 - SIDE / 2, args.tile.width_in - SIDE), 0);
-    y = WHOLE ? 0 : max(min(unit.u_y + 4 - SIDE / 2, args.tile.height_in - SIDE), 0);
+    x = WHOLE ? 0 : window_begin<SIDE>(unit.u_x, args.tile.width_in);
+    y = WHOLE ? 0 : window_begin<SIDE>(unit.u_y, args.tile.height_in);
   }
 };
 
@@ -91,12 +91,6 @@ struct WideSample {
   __device__ __forceinline__ int top() const { return static_cast<int>(word >> 21 & 31) - 1; }
 };
 
-// Whether all of a sample's corners on the map, along one axis, lie in [begin, begin + SIDE).
-template <int SIDE>
-__device__ __forceinline__ bool fits(int first, int begin, int length) {
-  return max(first, 0) >= begin && min(first + 1, length - 1) < begin + SIDE;
-}
-
 // Lane l's samples l, l + 32, l + 64 of a warp's row, nine a pixel: those that are far (`far`, lane l: pixel l of the
 // unit, its first of the row `first`) and fit. Returns, as far_masks has it, what does not fit: lane l < 8 the bits of
 // pixel l of the row. `om`: the numbers of the row's first pixel, `to`: their gradients.
@@ -117,7 +111,8 @@ __device__ __forceinline__ unsigned take_samples(WideSample (&samples)[kRounds],
                                            tap, tile.scale);
       const Corners corners(sample, tile.width_in, tile.height_in);
       taken = !corners.counts || WHOLE ||
-              (fits<SIDE>(corners.left, window.x, tile.width_in) && fits<SIDE>(corners.top, window.y, tile.height_in));
+              (fits<SIDE>(corners.left, window.x, tile.width_in) &&
+               fits<SIDE>(corners.top, window.y, tile.height_in));
       if (!corners.counts) {
         store_gradient(to + pixel * static_cast<int>(tile.grad_offset_mask_stride), tap, {0.f, 0.f, 0.f}, 0.f);
       } else if (taken) {
@@ -196,27 +191,6 @@ __device__ __forceinline__ void look_up_gradients(const WideSample (&samples)[kR
   }
 }
 
-// Of a sample's four corners, one lies at each parity of (x, y). Its record: the weights of its even and odd column, of
-// its even and odd row times the mask (0 outside the window), and its place.
-template <typename T, int SIDE>
-__device__ __forceinline__ void store_record(uint32_t to, const WideSample& sample) {
-  float column[2] = {}, row[2] = {};
-  if (sample.word & WideSample::kAdds) {
-    const float mask = HalfTraits<T>::low(sample.word);
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const int right = (sample.left() ^ odd) & 1, down = (sample.top() ^ odd) & 1;
-      if (static_cast<unsigned>(sample.left() + right) < SIDE) column[odd] = right ? sample.lx : 1.f - sample.lx;
-      if (static_cast<unsigned>(sample.top() + down) < SIDE) row[odd] = mask * (down ? sample.ly : 1.f - sample.ly);
-    }
-  }
-  window::store_shared(to, __float_as_uint(column[0]));
-  window::store_shared(to + 4, __float_as_uint(column[1]));
-  window::store_shared(to + 8, __float_as_uint(row[0]));
-  window::store_shared(to + 12, __float_as_uint(row[1]));
-  window::store_shared(to + 16, (sample.left() + SIDE) | (sample.top() + SIDE) << 8);
-}
-
 // S of a warp's row of output pixels: four lanes a pixel, a lane a parity, so that no two add to one cell.
 template <typename T, int D, int SIDE>
 __device__ __forceinline__ void build_weights(const WideSample (&samples)[kRounds], uint32_t products, int first,
@@ -231,22 +205,20 @@ __device__ __forceinline__ void build_weights(const WideSample (&samples)[kRound
   for (int i = 0; i < kRounds; ++i) {
     const int number = lane + 32 * i, pixel = number / 9;
     if (number >= kWideSamples) continue;
-    store_record<T, SIDE>(products + (first + pixel) * Shape::kRow + Shape::kWeights +
-                              (number - 9 * pixel) * Shape::kRecord, samples[i]);
+    const WideSample& sample = samples[i];
+    store_record<SIDE>(
+        products + (first + pixel) * Shape::kRow + Shape::kWeights + (number - 9 * pixel) * kRecordBytes, sample.left(),
+        sample.top(), sample.lx, sample.ly, sample.word & WideSample::kAdds ? HalfTraits<T>::low(sample.word) : 0.f, 0);
   }
   __syncwarp();
   const int odd_x = lane & 1, odd_y = (lane >> 1) & 1, pixel = first + (lane >> 2);
   const uint32_t row = Shape::weights_row(products, pixel);
   const uint32_t records = products + pixel * Shape::kRow + Shape::kWeights;
-  const uint32_t to_parity = (1 - odd_x) | (1 - odd_y) << 8, parity = odd_x | odd_y << 8;
 #pragma unroll 3
   for (int tap = 0; tap < 9; ++tap) {
-    const uint32_t record = records + tap * Shape::kRecord, place = window::load_shared(record + 16);
-    const float weight = __uint_as_float(window::load_shared(record + 4 * odd_x)) *
-                         __uint_as_float(window::load_shared(record + 8 + 4 * odd_y));
-    const uint32_t at = ((place + to_parity) & 0xfefeu) | parity;  // a corner outside adds 0 to some other cell
-    const uint32_t cell = row + 2 * ((at & (SIDE - 1)) + (at >> 8 & (SIDE - 1)) * SIDE);
-    store_half(cell, HalfTraits<T>::pack(HalfTraits<T>::low(load_half(cell)) + weight, 0.f));
+    const ParityCorner<SIDE> corner(records + tap * kRecordBytes, odd_x, odd_y);
+    const uint32_t cell = row + 2 * (corner.x + corner.y * SIDE);
+    store_half(cell, HalfTraits<T>::pack(HalfTraits<T>::low(load_half(cell)) + corner.weight, 0.f));
   }
 }
 
