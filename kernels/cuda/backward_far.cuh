@@ -23,46 +23,41 @@ __device__ __forceinline__ void store_gradient(T* to, int tap, const TapGradient
   to[18 + tap] = static_cast<T>(gradient.mask);
 }
 
-// One sample by D / kVector lanes.
+// One sample by D / 8 lanes, 8 channels each.
 template <typename T, int D, bool ADD>
-__device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, const Unit& unit, bool window,
-                           int part) {
+__device__ void far_sample(const FarArgs& args, const FarSample& sample, bool real, const Unit& unit, int part) {
+  constexpr int kLanes = D / 8;
   const Params& p = args.p;
-  constexpr int kVector = HalfTraits<T>::kVector;
   const int width = static_cast<int>(p.width_in), height = static_cast<int>(p.height_in);
   Corners corners(sample, width, height);
   corners.counts = corners.counts && real;
-  // Single precision: scatter_kernel has added what lies in the window.
-  const int upper_y = ((unit.u_y - args.tile.origin_y) & ~7) + args.tile.origin_y;
-  const bool added = window && fits<kScatterSide>(corners.left, window_begin<kScatterSide>(unit.u_x, width), width) &&
-                     fits<kScatterSide>(corners.top, window_begin<kScatterSide>(upper_y, height), height);
   TapGradient gradient = {0.f, 0.f, 0.f};
   float factor = 0.f;
   if (corners.counts) {
-    const int channel = unit.group * D + kVector * part;
+    const int channel = unit.group * D + HalfTraits<T>::kPiece * part;
     const int64_t image = int64_t{unit.n} * width * height;
-    float grad[kVector], value[4][kVector] = {};
-    HalfTraits<T>::load_vector(
+    float grad[8], value[4][8] = {};
+    HalfTraits<T>::template load_share<kLanes>(
         grad, static_cast<const T*>(args.grad_output) + sample.out * p.output_pixel_stride + channel);
     int pixels[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       pixels[q] = corners.pixel(q, width, height);
       if (pixels[q] < 0) continue;
-      HalfTraits<T>::load_vector(
+      HalfTraits<T>::template load_share<kLanes>(
           value[q], static_cast<const T*>(args.input) + (image + pixels[q]) * p.input_pixel_stride + channel);
     }
     float dot[4] = {};
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) dot[q] = fmaf(grad[c], value[q][c], dot[q]);
-      if (ADD && sample.beyond() && !added && pixels[q] >= 0) {
+      for (int c = 0; c < 8; ++c) dot[q] = fmaf(grad[c], value[q][c], dot[q]);
+      if (ADD && sample.beyond() && pixels[q] >= 0) {
         const float weight = sample.mask * corners.weight(q);
-        float add[kVector];
+        float add[8];
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) add[c] = weight * grad[c];
-        HalfTraits<T>::reduce_add(
+        for (int c = 0; c < 8; ++c) add[c] = weight * grad[c];
+        HalfTraits<T>::template reduce_share<kLanes>(
             static_cast<T*>(args.grad_input) + (image + pixels[q]) * p.grad_input_pixel_stride + channel, add);
       }
     }
@@ -70,7 +65,7 @@ __device__ void far_sample(const FarArgs& args, const FarSample& sample, bool re
     factor = args.tile.scale * sample.mask;
   }
 #pragma unroll
-  for (int step = D / kVector / 2; step > 0; step /= 2) {
+  for (int step = kLanes / 2; step > 0; step /= 2) {
     gradient.x += __shfl_xor_sync(window::kAllLanes, gradient.x, step);
     gradient.y += __shfl_xor_sync(window::kAllLanes, gradient.y, step);
     gradient.mask += __shfl_xor_sync(window::kAllLanes, gradient.mask, step);
@@ -99,7 +94,7 @@ __device__ __forceinline__ int list_far_samples(uint16_t* list, int length, unsi
 template <typename T, int D, bool ADD>
 __device__ __forceinline__ void gather_units(const FarArgs& args, int64_t first, unsigned units, uint16_t* list,
                                              int lane) {
-  constexpr int kLanes = D / HalfTraits<T>::kVector, kAtOnce = 32 / kLanes;
+  constexpr int kLanes = D / 8, kAtOnce = 32 / kLanes;
   unsigned far[kMostUnits];
 #pragma unroll
   for (int i = 0; i < kMostUnits; ++i) far[i] = units >> i & 1 ? args.tile.far_masks[32 * (first + i) + lane] : 0u;
@@ -108,18 +103,13 @@ __device__ __forceinline__ void gather_units(const FarArgs& args, int64_t first,
   for (int i = 0; i < kMostUnits; ++i) {
     if (units >> i & 1) count = list_far_samples(list, count, far[i], i, lane);
   }
-  unsigned windows = 0;
-  if constexpr (ADD && sizeof(T) == 4) {
-    const bool window = lane < kMostUnits && (units >> lane & 1) && has_window(args, upper_unit_of(args, first + lane));
-    windows = __ballot_sync(window::kAllLanes, window);
-  }
   __syncwarp();
   for (int base = 0; base < count; base += kAtOnce) {
     const bool real = base + lane / kLanes < count;
     const int which = list[real ? base + lane / kLanes : 0];
     const Unit unit = locate_unit(args, first + (which >> 9));
     const FarSample sample = load_far_sample<T>(args, unit, which >> 4 & 31, which & 15);
-    far_sample<T, D, ADD>(args, sample, real, unit, windows >> (which >> 9) & 1, lane % kLanes);
+    far_sample<T, D, ADD>(args, sample, real, unit, lane % kLanes);
   }
   __syncwarp();  // the list is free again
 }
@@ -131,7 +121,6 @@ __global__ void __launch_bounds__(32 * kFarWarps) far_kernel(const FarArgs args)
 #if __CUDA_ARCH__ >= 900
   __shared__ uint16_t lists[kFarWarps][kMostUnits * kUnitSamples];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  wait_for_previous_kernel();
   for (int64_t first = args.units_per_warp * (int64_t{blockIdx.x} * kFarWarps + warp); first < args.units;
        first += args.units_per_warp * int64_t{gridDim.x} * kFarWarps) {
     const bool flagged = lane < args.units_per_warp && first + lane < args.units && args.tile.far_units[first + lane];

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include "backward_far.cuh"
-#include "backward_scatter.cuh"
 #include "backward_single.cuh"
 #include "backward_tile.cuh"
 #include "backward_wide.cuh"
@@ -44,6 +43,22 @@ inline int64_t count_blocks(const Params& p, Tile tile) {
 }
 
 inline int64_t count_units(const Params& p, Tile tile) { return count_blocks(p, tile) * tile.units_x * tile.units_y; }
+
+// How the far samples are handled.
+enum class Windows {
+  kNone,    // gathered, all of them
+  kAround,  // 16x16 inputs around 8x8 outputs; what does not fit is gathered
+  kWhole,   // one window is the map
+};
+
+inline Windows choose_windows(const Params& p) {
+  // One launch more is at most 2 % of what such a problem takes with near samples alone.
+  constexpr int64_t kLarge = 20000000;
+  if (p.dtype == DCNGEN_FLOAT32) return Windows::kNone;
+  if (p.width_in <= 16 && p.height_in <= 16) return Windows::kWhole;
+  const bool large = p.batch * p.height_in * p.width_in * p.groups * p.group_channels >= kLarge;
+  return large && p.group_channels >= 32 && !p.deterministic ? Windows::kAround : Windows::kNone;
+}
 
 struct TensorBox {
   int64_t channels, width, height, batch, pixel_stride;
@@ -98,6 +113,8 @@ inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
   t.origin_x = e.begin_x, t.origin_y = e.begin_y, t.end_x = e.end_x, t.end_y = e.end_y;
   t.shift_x = 1 - p.pad_w, t.shift_y = 1 - p.pad_h;
   t.scale = p.offset_scale;
+  // Far samples that a window around the outputs holds, wherever in the 8x8 they begin; a window of the whole map, all.
+  t.reach = choose_windows(p) == Windows::kWhole ? 1e30f : 4.f;
   return t;
 }
 
@@ -154,64 +171,54 @@ inline int log2(int power_of_two) {
 
 constexpr int64_t kMultiprocessors = 132;  // of the devices at hand; only how the work is cut depends on it
 
-// How many far samples in reach make the sums of 8x8 outputs over a window cheaper than a gather, by measurement.
-inline int few_samples(const Params& p, bool whole) {
-  if (p.dtype == DCNGEN_FLOAT32) return 64;
-  if (whole && p.deterministic) return 0;
-  return whole ? 3072 / p.group_channels : 8192 / p.group_channels;
-}
-
-inline FarArgs far_args(const BackwardArgs& args, const TileArgs& tile, Tile shape) {
-  const Params& p = args.p;
-  const int64_t units = count_units(p, shape), each = units / (kMultiprocessors * 7 * kFarWarps);
-  return {tile, p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
-          log2(shape.units_x * shape.units_y),
-          static_cast<int>(each < 1 ? 1 : each > kMostUnits ? kMostUnits : each),
-          few_samples(p, p.width_in <= 16 && p.height_in <= 16), units};
-}
-
 template <typename T, int D>
 cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
   constexpr int64_t kMost = kMultiprocessors * 8;  // more blocks than fit at once only wait
   const int64_t each = far.units_per_warp * kFarWarps, wanted = (far.units + each - 1) / each;
   const auto kernel = far.p.deterministic ? far_kernel<T, D, false> : far_kernel<T, D, true>;
-  const cudaError_t error = launch(kernel, wanted < kMost ? wanted : kMost, 32 * kFarWarps, 0, stream, true, far);
+  // After the kernel before it, not beside its end: a multiprocessor splits its memory between shared memory and the
+  // L1 cache anew only while it is idle, and the gather would keep the small cache that the tiles left it.
+  const cudaError_t error = launch(kernel, wanted < kMost ? wanted : kMost, 32 * kFarWarps, 0, stream, false, far);
   if (error != cudaSuccess || !far.p.deterministic) return error;
   return launch(far_owner_kernel<T, D>, far.p.batch * far.p.groups, D, 0, stream, false, far);
 }
 
-template <typename Shape>
-cudaError_t launch_windows(void (*kernel)(FarArgs), int64_t windows, int threads, const FarArgs& far,
-                           cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
-  if (error != cudaSuccess) return error;
-  const int64_t most = kMultiprocessors * Shape::kBlocks;
-  return launch(kernel, windows < most ? windows : most, threads, Shape::kShared, stream, true, far);
-}
-
 template <typename T, int D, int SIDE, bool WHOLE>
 cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
-  return launch_windows<WideShape<D, SIDE>>(wide_kernel<T, D, SIDE, WHOLE>, WideWindow<SIDE, WHOLE>::count(far),
-                                            kWideThreads, far, stream);
+  using Shape = WideShape<D, SIDE>;
+  const auto kernel = wide_kernel<T, D, SIDE, WHOLE>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
+  if (error != cudaSuccess) return error;
+  const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = kMultiprocessors * Shape::kBlocks;
+  return launch(kernel, windows < most ? windows : most, kWideThreads, Shape::kShared, stream, true, far);
 }
 
-// Half types: maps of at most 16x16 inputs are one window. On larger ones the window takes most of the far samples and
-// far_kernel the others; where a reproducible result is asked for, it takes them all.
+// A gather's time goes by samples and channels, that of products over a window does not: by measurement, the far samples
+// (in reach) of 8x8 outputs from which on products are faster. A reproducible result takes products on small maps.
+inline int few_samples(const Params& p, Windows windows) {
+  if (windows == Windows::kWhole) return p.deterministic ? 0 : 6400 / p.group_channels;
+  return 8192 / p.group_channels;
+}
+
 template <typename T, int D>
-cudaError_t launch_after_tile(const FarArgs& far, cudaStream_t stream) {
+cudaError_t launch_after_tile(const BackwardArgs& args, const TileArgs& tile, Tile shape, cudaStream_t stream) {
+  constexpr int64_t kFewUnits = 8192;  // one each keeps more warps busy
+  const Params& p = args.p;
+  const int64_t units = count_units(p, shape);
+  const Windows windows = choose_windows(p);
+  const FarArgs far{tile, p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
+                    log2(shape.units_x * shape.units_y), units < kFewUnits ? 1 : kMostUnits, few_samples(p, windows),
+                    units};
   if constexpr (sizeof(T) == 2) {
-    const int64_t larger = far.p.width_in > far.p.height_in ? far.p.width_in : far.p.height_in;
-    if (larger <= 8) return launch_wide<T, D, 8, true>(far, stream);
-    if (larger <= 16) return launch_wide<T, D, 16, true>(far, stream);
-    if (!far.p.deterministic) {
-      const cudaError_t error = launch_wide<T, D, 16, false>(far, stream);
+    if (windows == Windows::kWhole) {
+      const bool small = p.width_in <= 8 && p.height_in <= 8;
+      return small ? launch_wide<T, D, 8, true>(far, stream) : launch_wide<T, D, 16, true>(far, stream);
+    }
+    if constexpr (D >= 32) {
+      const cudaError_t error =
+          windows == Windows::kAround ? launch_wide<T, D, 16, false>(far, stream) : cudaSuccess;
       if (error != cudaSuccess) return error;
     }
-  } else if (!far.p.deterministic) {
-    using Shape = ScatterShape<D>;
-    const cudaError_t error =
-        launch_windows<Shape>(scatter_kernel<D>, far.units / 2, Shape::kThreads, far, stream);
-    if (error != cudaSuccess) return error;
   }
   return launch_far<T, D>(far, stream);
 }
@@ -222,7 +229,7 @@ cudaError_t launch_all(const BackwardArgs& args, Tile shape, cudaStream_t stream
   const cudaError_t error = shape.units_x == 1 ? launch_tile<T, D, 1, 2>(args, tile, stream)
                                                : launch_tile<T, D, 2, 2>(args, tile, stream);
   if (error != cudaSuccess) return error;
-  return launch_after_tile<T, D>(far_args(args, tile, shape), stream);
+  return launch_after_tile<T, D>(args, tile, shape, stream);
 }
 
 // Shared memory that the larger tile takes; some architectures have less than sm_90.

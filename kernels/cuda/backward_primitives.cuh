@@ -7,16 +7,17 @@
 
 namespace dcngen::backward {
 
-// What the dtypes add to window::Dtype; for the far samples kVector channels, 16 bytes, at a time: then the lanes of a
-// sample reduce into neighbouring pieces.
+// What the dtypes add to window::Dtype. For the far samples: a lane, one of LANES, takes eight channels of a
+// group, in pieces of 16 bytes (kPiece values) next to those of its neighbours: their reductions fill whole sectors.
 template <typename T>
 struct HalfTraits;
 
 template <typename T>
 struct HalfVectors : window::Dtype<T> {
   using Base = window::Dtype<T>;
-  static constexpr int kVector = 8;
-  static __device__ __forceinline__ void load_vector(float (&to)[8], const T* from) {
+  static constexpr int kPiece = 8;
+  template <int LANES>
+  static __device__ __forceinline__ void load_share(float (&to)[8], const T* from) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -37,7 +38,8 @@ struct HalfTraits<__half> : HalfVectors<__half> {
                  : "memory");
 #endif
   }
-  static __device__ __forceinline__ void reduce_add(__half* to, const float (&v)[8]) {
+  template <int LANES>
+  static __device__ __forceinline__ void reduce_share(__half* to, const float (&v)[8]) {
     reduce_add(to, make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])));
   }
 };
@@ -52,7 +54,8 @@ struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
                  : "memory");
 #endif
   }
-  static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, const float (&v)[8]) {
+  template <int LANES>
+  static __device__ __forceinline__ void reduce_share(__nv_bfloat16* to, const float (&v)[8]) {
     reduce_add(to, make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])));
   }
 };
@@ -61,15 +64,24 @@ struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
 template <>
 struct HalfTraits<float> {
   static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  static constexpr int kVector = 4;
-  static __device__ __forceinline__ void load_vector(float (&to)[4], const float* from) {
-    const float4 v = __ldg(reinterpret_cast<const float4*>(from));
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  static constexpr int kPiece = 4;
+  template <int LANES>
+  static __device__ __forceinline__ void load_share(float (&to)[8], const float* from) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from) + i * LANES);
+      to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
+    }
   }
-  static __device__ __forceinline__ void reduce_add(float* to, const float (&v)[4]) {
+  template <int LANES>
+  static __device__ __forceinline__ void reduce_share(float* to, const float (&v)[8]) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
-                 : "memory");
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to + 4 * i * LANES), "f"(v[4 * i]),
+                   "f"(v[4 * i + 1]), "f"(v[4 * i + 2]), "f"(v[4 * i + 3])
+                   : "memory");
+    }
 #endif
   }
 };

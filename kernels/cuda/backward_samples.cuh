@@ -1,5 +1,5 @@
-// The samples that the tile kernel leaves out: which they are, where they lie, and the windows of inputs that the kernels
-// after it sum over. backward_wide.cuh, backward_scatter.cuh and backward_far.cuh handle them.
+// The samples that the tile kernel leaves out: which they are and where they lie. backward_wide.cuh and backward_far.cuh
+// handle them.
 #pragma once
 
 #include "backward_stencil.cuh"
@@ -13,11 +13,10 @@ struct FarArgs {
   void* grad_input;
   int log_units_x, log_units_per_tile;
   int units_per_warp;  // of far_kernel, at a time: 1 to kMostUnits
-  int few_samples;     // wide_kernel leaves 8x8 outputs with fewer in reach to a gather
+  int few_samples;     // fewer in reach, of 8x8 outputs: wide_kernel leaves them to a gather
   int64_t units;
 };
 
-constexpr int kScatterSide = 16;  // of the windows of scatter_kernel
 constexpr int kFarWarps = 4, kMostUnits = 4, kUnitSamples = 32 * 9;
 
 // Where a unit lies: its group, image and first u.
@@ -97,61 +96,6 @@ struct Corners {
   __device__ __forceinline__ int pixel(int corner, int width, int height) const {
     const int x = left + (corner & 1), y = top + (corner >> 1);
     return counts && x >= 0 && x < width && y >= 0 && y < height ? y * width + x : -1;
-  }
-};
-
-// Windows of inputs around 8x8 outputs, two units one above the other: where their upper left one lies, along one axis,
-// and whether all of a sample's corners on the map do.
-template <int SIDE>
-__device__ __forceinline__ int window_begin(int u, int length) {
-  return max(min(u + 4 - SIDE / 2, length - SIDE), 0);
-}
-template <int SIDE>
-__device__ __forceinline__ bool fits(int first, int begin, int length) {
-  return max(first, 0) >= begin && min(first + 1, length - 1) < begin + SIDE;
-}
-
-// The upper of the two units, and whether enough of their far samples are in reach for dense sums over the window.
-__device__ __forceinline__ int64_t upper_unit_of(const FarArgs& args, int64_t unit) {
-  return unit & ~(int64_t{1} << args.log_units_x);
-}
-__device__ __forceinline__ bool has_window(const FarArgs& args, int64_t upper) {
-  const int a = args.tile.far_units[upper], b = args.tile.far_units[upper + (1 << args.log_units_x)];
-  return max(a - 1, 0) + max(b - 1, 0) >= max(args.few_samples, 1);
-}
-
-// A record of a sample for sums over the cells of its window. Of its four corners, one lies at each parity of (x, y):
-// the weights of its even and odd column, those of its even and odd row times the mask (0 outside the window), its place
-// and the number of its output pixel. A lane that owns a parity finds its corner without looking at the others.
-constexpr int kRecordBytes = 20;
-
-template <int SIDE>
-__device__ __forceinline__ void store_record(uint32_t to, int left, int top, float lx, float ly, float mask, int pixel) {
-  float column[2] = {}, row[2] = {};
-#pragma unroll
-  for (int odd = 0; odd < 2; ++odd) {
-    const int right = (left ^ odd) & 1, down = (top ^ odd) & 1;
-    if (static_cast<unsigned>(left + right) < SIDE) column[odd] = right ? lx : 1.f - lx;
-    if (static_cast<unsigned>(top + down) < SIDE) row[odd] = mask * (down ? ly : 1.f - ly);
-  }
-  window::store_shared(to, __float_as_uint(column[0]));
-  window::store_shared(to + 4, __float_as_uint(column[1]));
-  window::store_shared(to + 8, __float_as_uint(row[0]));
-  window::store_shared(to + 12, __float_as_uint(row[1]));
-  window::store_shared(to + 16, (left + SIDE) | (top + SIDE) << 8 | pixel << 16);
-}
-
-// The corner of a record that belongs to the lane's parity. One outside the window adds 0 to some other cell.
-template <int SIDE>
-struct ParityCorner {
-  float weight;
-  int x, y, pixel;
-  __device__ __forceinline__ ParityCorner(uint32_t record, int odd_x, int odd_y) {
-    const uint32_t place = window::load_shared(record + 16);
-    weight = __uint_as_float(window::load_shared(record + 4 * odd_x)) *
-             __uint_as_float(window::load_shared(record + 8 + 4 * odd_y));
-    const uint32_t at = ((place + ((1 - odd_x) | (1 - odd_y) << 8)) & 0xfefeu) | odd_x | odd_y << 8;
-    x = at & (SIDE - 1), y = at >> 8 & (SIDE - 1), pixel = place >> 16;
   }
 };
 

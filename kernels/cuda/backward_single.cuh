@@ -53,7 +53,7 @@ __device__ __forceinline__ unsigned remove_far(SingleOffsetMask& om, float scale
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
     const float2 d = om.displacement(k, scale);
-    if (!(fabsf(d.x) < 1.f && fabsf(d.y) < 1.f)) far += far_bits(d, k);
+    if (!(fabsf(d.x) < 1.f && fabsf(d.y) < 1.f)) far |= 1u << k;
     if (!(fabsf(d.x) <= 1.f && fabsf(d.y) <= 1.f)) om.value[2 * k] = om.value[2 * k + 1] = om.value[18 + k] = 0.f;
   }
   return far;

@@ -25,6 +25,7 @@ struct TileArgs {
   int end_x, end_y;        // past the last u that is an input or the middle of an output
   int shift_x, shift_y;
   float scale;
+  float reach;  // displacements that far_units counts
 };
 
 // Byte offset of a pixel's 16-byte piece in a tile of 2 * D bytes a pixel, as the copy engine's swizzle places it.
@@ -95,28 +96,28 @@ __device__ __forceinline__ float2 displacement(uint32_t word, int i, int j, floa
                      fmaf(scale, HalfTraits<T>::high(word), (scale - 1.f) * (j - 1)));
 }
 
-// What a far tap adds to its pixel's word: its bit, and from bit 16 on a count of those that the windows of the kernels
-// after the tile kernel reach.
-__device__ __forceinline__ unsigned far_bits(float2 d, int k) {
-  constexpr float kReach = 4.f;
-  return (1u << k) + (fabsf(d.x) < kReach && fabsf(d.y) < kReach ? 0x10000u : 0u);
+// What a far tap adds to its pixel's word: its bit, and from bit 16 on a count of those that a wider window reaches.
+__device__ __forceinline__ unsigned far_bits(float2 d, int k, float reach) {
+  return (1u << k) + (fabsf(d.x) < reach && fabsf(d.y) < reach ? 0x10000u : 0u);
 }
 
 // Writes a unit's flag and, where it is set, the bits of its pixels.
 __device__ __forceinline__ void note_far_samples(const TileArgs& args, int64_t unit, unsigned far, int lane) {
+#if __CUDA_ARCH__ >= 900
   unsigned flag = 0;
   if (__any_sync(window::kAllLanes, far != 0)) {
     flag = 1 + min(__reduce_add_sync(window::kAllLanes, far >> 16), 254u);
     args.far_masks[32 * unit + lane] = static_cast<uint16_t>(far);
   }
   if (lane == 0) args.far_units[unit] = static_cast<uint8_t>(flag);
+#endif
 }
 
 // Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of
 // these the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only the
 // derivative is that of a cell further out.) Counts, too: see far_bits.
 template <typename T>
-__device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale) {
+__device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale, float reach) {
   constexpr uint32_t kToSign = 0x80008000u - HalfTraits<T>::kOne * 0x10001u;  // |h| >= 1 sets the top bit
   unsigned far = 0, beyond = 0;
   if (scale == 1.f) {
@@ -128,7 +129,7 @@ __device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale) {
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
     const float2 d = displacement<T>(om.word[k], k / 3, k % 3, scale);
-    if (!(fabsf(d.x) < 1.f && fabsf(d.y) < 1.f)) far += far_bits(d, k);
+    if (!(fabsf(d.x) < 1.f && fabsf(d.y) < 1.f)) far += far_bits(d, k, reach);
     beyond |= (fabsf(d.x) <= 1.f && fabsf(d.y) <= 1.f ? 0u : 1u) << k;
   }
   if (beyond == 0) return far;

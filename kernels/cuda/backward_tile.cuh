@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     const int px = u_x0 - 2 + x, py = u_y0 - 2 + y;  // the pixel's u
     const bool inside = px >= args.shift_x && px < args.width_out + args.shift_x && py >= args.shift_y &&
                         py < args.height_out + args.shift_y;
-    unsigned far = remove_far<T>(om, args.scale);
+    unsigned far = remove_far<T>(om, args.scale, args.reach);
     if (!inside) far = 0;
     note_far_samples(args, static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp, far, lane);
     pixel_gradients<T>(om, products, px, py, args.scale, offset_mask_stage + 56 * lane,
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     const uint32_t to = region_c + 96 * (ry * kPitch + rx);
     if (number >= Shape::kRing) continue;
     if (some_inside) {
-      remove_far<T>(ring[pass], args.scale);
+      remove_far<T>(ring[pass], args.scale, args.reach);
       pixel_weights<T>(ring[pass], args.scale, WeightFrame(to, rx, ry));
     } else {
       store_no_weights(to);

@@ -8,127 +8,9 @@
 // reduction a cell instead of four a sample, and samples that do not fit stay marked for far_kernel.
 #pragma once
 
-#include "backward_far.cuh"
+#include "backward_windows.cuh"
 
 namespace dcngen::backward {
-
-constexpr int kWideWarps = 8, kWideThreads = 32 * kWideWarps;
-constexpr int kWideSamples = 72, kRounds = 3;  // of a warp: it owns one row of eight output pixels
-
-template <int D, int SIDE>
-struct WideShape {
-  static constexpr int kCells = SIDE * SIDE;
-  // The row of an output pixel: first T; then S (16 bytes on in every other four rows, so that eight rows' pieces lie in
-  // different banks) and nine records. It is 8 (24) words past a multiple of 32: no conflicts where T is stored.
-  static constexpr int kWeights = 2 * kCells + 16;
-  static constexpr int kRow = SIDE == 16 ? 4 * kCells + 32 : 4 * kCells + 96, kProducts = 64 * kRow;
-  static constexpr int kInput = kCells * 2 * D, kGradOutput = 64 * 2 * D;
-  static constexpr int kShared = kInput + kGradOutput + kProducts + 8 * kWideWarps /* flags */;
-  static constexpr int kBlocks = SIDE == 16 ? 2 : 3;
-  // grad_input: tiles of 16 cells x 8 channels; a warp computes kTilesM x kTilesN of them.
-  static constexpr int kColumnParts = SIDE == 8 && D >= 32 ? 2 : 1;
-  static constexpr int kTilesM = SIDE == 16 ? 2 : 1, kTilesN = D / 8 / kColumnParts;
-  static_assert(kShared + 1024 <= 228 * 1024 / kBlocks, "the blocks' shared memory");
-  static_assert(kWeights + 9 * kRecordBytes <= kRow, "records stand behind the weights");
-
-  static __device__ __forceinline__ uint32_t weights_row(uint32_t products, int pixel) {
-    return products + pixel * kRow + ((pixel >> 2) & 1) * 16;
-  }
-};
-
-// Which window: a block's share of the work, and the 8x8 output pixels (two units) that belong to it.
-template <int SIDE, bool WHOLE>
-struct WideWindow {
-  int n, group, x, y;
-  static __host__ __device__ __forceinline__ int64_t count(const FarArgs& args) {
-    return WHOLE ? args.p.batch * args.p.groups : args.units >> (args.log_units_per_tile - args.log_units_x);
-  }
-  // Of one window; each is the upper of two units, `lower` further on is the other.
-  static __device__ __forceinline__ int pieces(const FarArgs& args) {
-    return WHOLE ? static_cast<int>(args.tile.by_tiles_x.divisor * args.tile.by_tiles_y.divisor) << args.log_units_x : 1;
-  }
-  static __device__ __forceinline__ int lower(const FarArgs& args) { return 1 << args.log_units_x; }
-  static __device__ __forceinline__ int64_t upper_unit(const FarArgs& args, uint32_t number, int piece) {
-    const int column = (WHOLE ? piece : static_cast<int>(number)) & ((1 << args.log_units_x) - 1);
-    int64_t tile = number >> args.log_units_x;
-    if (WHOLE) {
-      const int tiles = static_cast<int>(args.tile.by_tiles_x.divisor * args.tile.by_tiles_y.divisor);
-      uint32_t n = number;
-      const int group = args.tile.by_group.split(n);
-      tile = (int64_t{n} * tiles + (piece >> args.log_units_x)) * args.tile.groups + group;
-    }
-    return (tile << args.log_units_per_tile) + column;
-  }
-  __device__ __forceinline__ WideWindow(const FarArgs& args, const Unit& unit) : n(unit.n), group(unit.group) {
-    x = WHOLE ? 0 : window_begin<SIDE>(unit.u_x, args.tile.width_in);
-    y = WHOLE ? 0 : window_begin<SIDE>(unit.u_y, args.tile.height_in);
-  }
-};
-
-// Begins copying CELLS pixels, `width` a row, from pixel (x, y) of an image on; zeros outside it.
-template <typename T, int D, int CELLS>
-__device__ __forceinline__ void copy_cells(uint32_t to, const void* image, int64_t stride, int x, int y, int log_width,
-                                           int image_width, int image_height, int thread) {
-  constexpr int kPieces = D / 8;
-#pragma unroll 2
-  for (int i = thread; i < CELLS * kPieces; i += kWideThreads) {
-    const int cell = i / kPieces, piece = i % kPieces;
-    const int px = x + (cell & ((1 << log_width) - 1)), py = y + (cell >> log_width);
-    const bool inside = static_cast<unsigned>(px) < static_cast<unsigned>(image_width) &&
-                        static_cast<unsigned>(py) < static_cast<unsigned>(image_height);
-    const T* from = static_cast<const T*>(image) + (inside ? (int64_t{py} * image_width + px) * stride + 8 * piece : 0);
-    window::copy_async16(to + tile_offset<D>(cell, piece), from, inside);
-  }
-}
-
-// A sample that the window takes: a word of its mask's 16 bits, its upper left corner in the window (plus 1), and what
-// is to be done with it.
-struct WideSample {
-  static constexpr uint32_t kTaken = 1u << 30, kAdds = 1u << 31;
-  float lx, ly;
-  uint32_t word;
-  __device__ __forceinline__ int left() const { return static_cast<int>(word >> 16 & 31) - 1; }
-  __device__ __forceinline__ int top() const { return static_cast<int>(word >> 21 & 31) - 1; }
-};
-
-// Lane l's samples l, l + 32, l + 64 of a warp's row, nine a pixel: those that are far (`far`, lane l: pixel l of the
-// unit, its first of the row `first`) and fit. Returns, as far_masks has it, what does not fit: lane l < 8 the bits of
-// pixel l of the row. `om`: the numbers of the row's first pixel, `to`: their gradients.
-template <typename T, int SIDE, bool WHOLE>
-__device__ __forceinline__ unsigned take_samples(WideSample (&samples)[kRounds], const TileArgs& tile, const T* om, T* to,
-                                                 int u_x, int u_y, unsigned far, int first,
-                                                 const WideWindow<SIDE, WHOLE>& window, int lane) {
-  unsigned left_over = 0;
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const int number = lane + 32 * i, pixel = number < kWideSamples ? number / 9 : 0, tap = number % 9;
-    const unsigned bits = __shfl_sync(window::kAllLanes, far, first + pixel);
-    const bool is_far = number < kWideSamples && (bits >> tap & 1);
-    samples[i] = {0.f, 0.f, 0u};
-    bool taken = false;
-    if (is_far) {
-      const FarSample sample = read_sample(om + pixel * static_cast<int>(tile.offset_mask_stride), u_x + pixel, u_y,
-                                           tap, tile.scale);
-      const Corners corners(sample, tile.width_in, tile.height_in);
-      taken = !corners.counts || WHOLE ||
-              (fits<SIDE>(corners.left, window.x, tile.width_in) &&
-               fits<SIDE>(corners.top, window.y, tile.height_in));
-      if (!corners.counts) {
-        store_gradient(to + pixel * static_cast<int>(tile.grad_offset_mask_stride), tap, {0.f, 0.f, 0.f}, 0.f);
-      } else if (taken) {
-        samples[i].lx = corners.lx, samples[i].ly = corners.ly;
-        samples[i].word = (HalfTraits<T>::pack(sample.mask, 0.f) & 0xffffu) | (corners.left + 1 - window.x) << 16 |
-                          (corners.top + 1 - window.y) << 21 | WideSample::kTaken |
-                          (sample.beyond() ? WideSample::kAdds : 0u);
-      }
-    }
-    if (WHOLE) continue;
-    const unsigned missed = __ballot_sync(window::kAllLanes, is_far && !taken);
-    const int shift = 9 * lane - 32 * i;  // the lane's bits among all 72
-    if (shift > -9 && shift < 32) left_over |= shift < 0 ? missed << -shift : missed >> shift;
-  }
-  return left_over & 0x1ffu;
-}
 
 // T: warp w computes 16 output pixels (w % 4) by half of the cells (w / 4).
 template <typename T, int D, int SIDE>
@@ -208,7 +90,7 @@ __device__ __forceinline__ void build_weights(const WideSample (&samples)[kRound
     const WideSample& sample = samples[i];
     store_record<SIDE>(
         products + (first + pixel) * Shape::kRow + Shape::kWeights + (number - 9 * pixel) * kRecordBytes, sample.left(),
-        sample.top(), sample.lx, sample.ly, sample.word & WideSample::kAdds ? HalfTraits<T>::low(sample.word) : 0.f, 0);
+        sample.top(), sample.lx, sample.ly, sample.word & WideSample::kAdds ? HalfTraits<T>::low(sample.word) : 0.f);
   }
   __syncwarp();
   const int odd_x = lane & 1, odd_y = (lane >> 1) & 1, pixel = first + (lane >> 2);
@@ -371,7 +253,6 @@ __device__ __forceinline__ Need need_of(const FarArgs& args, uint32_t number) {
 }
 
 // The windows that need a gather, of those from `first` on: the warps take their units in turn.
-
 template <typename T, int D, int SIDE>
 __device__ __forceinline__ void gather_windows(const FarArgs& args, uint32_t first, uint32_t flags, uint16_t* list) {
   using Window = WideWindow<SIDE, true>;
@@ -390,7 +271,8 @@ __device__ __forceinline__ void gather_windows(const FarArgs& args, uint32_t fir
 }
 
 template <typename T, int D, int SIDE, bool WHOLE>
-__global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks) wide_kernel(const __grid_constant__ FarArgs args) {
+__global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks)
+    wide_kernel(const __grid_constant__ FarArgs args) {
 #if __CUDA_ARCH__ >= 900
   using Window = WideWindow<SIDE, WHOLE>;
   extern __shared__ __align__(16) uint8_t wide_shared[];
@@ -399,7 +281,6 @@ __global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks) wid
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t windows = static_cast<uint32_t>(Window::count(args)), step = gridDim.x;
   wait_for_previous_kernel();
-  let_next_kernel_begin();
   // Every thread looks at one of the block's windows. On a small map the warps gather where few samples are far, a unit
   // at a time; then the block takes the windows with many.
   for (uint32_t first = blockIdx.x; first < windows; first += step * kWideThreads) {
