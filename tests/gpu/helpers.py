@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,16 @@ from dcngen.ops import dcnv4_reference, offset_mask_channels
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One unit in the last place at 1, by dtype: the scale on which "twice plain torch" is compared.
 EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Far samples add to the input gradient in no fixed order unless torch is asked for one."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)

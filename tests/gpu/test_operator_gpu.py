@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu.helpers import DTYPES, EPSILON, Geometry, assert_close, check, make, native, reference
+from gpu.helpers import DTYPES, EPSILON, Geometry, assert_close, check, make, native, reference, reproducible
 
 # The first stages and U-Net levels at which the speed is measured, at smaller batches, then what breaks kernels.
 BENCHMARK_SHAPES = [
@@ -56,6 +56,24 @@ def test_any_share_of_far_samples(offset_std, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset_std", [0.5, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry(3, 7, 7, 3, 64), Geometry(2, 8, 8, 3, 16), Geometry(2, 14, 14, 3, 32), Geometry(2, 16, 9, 2, 64),
+     Geometry(1, 400, 400, 5, 32), Geometry(1, 400, 400, 2, 64)],
+    ids=_name,
+)  # fmt: skip
+def test_far_samples_in_windows(geometry, offset_std, dtype):
+    """Whole small maps, and maps large enough for windows around their outputs; with and without a fixed order."""
+    tensors = make(geometry, dtype, offset_std=offset_std)
+    exact, plain = (reference(geometry, *tensors, dtype=d) for d in (torch.float64, dtype))
+    assert_close(geometry, native(geometry, *tensors), exact, plain, dtype)
+    if geometry.height < 20:
+        with reproducible():
+            assert_close(geometry, native(geometry, *tensors), exact, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_single_far_sample(dtype):
     geometry = Geometry(2, 16, 24, 2, 32)
     value, offset_mask, grad = make(geometry, dtype)
@@ -95,10 +113,14 @@ def test_slices_of_wider_tensors(dtype):
     value, offset_mask, grad = make(geometry, dtype)
     wide = torch.randn(3, 10, 12, 128 + offset_mask.shape[-1] + 8, device="cuda", dtype=dtype)
     wide[..., :128], wide[..., 128:-8] = value, offset_mask
-    whole = native(geometry, value, offset_mask, grad)
-    sliced = native(geometry, wide[..., :128], wide[..., 128:-8], grad)
+    with reproducible():
+        whole = native(geometry, value, offset_mask, grad)
+        sliced = native(geometry, wide[..., :128], wide[..., 128:-8], grad)
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    tensors = (value, offset_mask, grad)
+    exact, plain = (reference(geometry, *tensors, dtype=d) for d in (torch.float64, dtype))
+    assert_close(geometry, native(geometry, wide[..., :128], wide[..., 128:-8], grad), exact, plain, dtype)
     odd = torch.randn(3, 10, 12, 131, device="cuda", dtype=dtype)  # a pixel stride that no vector access fits
     odd[..., 3:] = value
     torch.testing.assert_close(native(geometry, odd[..., 3:], offset_mask, grad)[0].float(), whole[0].float(),
@@ -114,7 +136,9 @@ def test_tensors_that_begin_between_sixteen_bytes(dtype):
         wide = torch.zeros(*tensor.shape[:3], tensor.shape[3] + 8, device="cuda", dtype=dtype)
         wide[..., 1:-7] = tensor
         shifted.append(wide[..., 1:-7])
-    for a, b in zip(native(geometry, *tensors), native(geometry, *shifted), strict=True):
+    with reproducible():
+        aligned, moved = native(geometry, *tensors), native(geometry, *shifted)
+    for a, b in zip(aligned, moved, strict=True):
         torch.testing.assert_close(a, b, rtol=4 * EPSILON[dtype], atol=4 * EPSILON[dtype])
 
 
@@ -123,9 +147,9 @@ def test_layouts_that_are_not_channels_last(dtype):
     geometry = Geometry(2, 8, 9, 2, 32)
     value, offset_mask, grad = make(geometry, dtype)
     scrambled = value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    for a, b in zip(
-        native(geometry, value, offset_mask, grad), native(geometry, scrambled, offset_mask, grad), strict=True
-    ):
+    with reproducible():
+        dense, copied = native(geometry, value, offset_mask, grad), native(geometry, scrambled, offset_mask, grad)
+    for a, b in zip(dense, copied, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -173,12 +197,9 @@ def test_backward_is_reproducible_within_the_window(geometry, dtype):
 def test_deterministic_algorithms_hold_for_far_samples(dtype):
     geometry = Geometry(2, 12, 12, 4, 32)
     tensors = make(geometry, dtype, offset_std=3.0)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with reproducible():
         first = native(geometry, *tensors)
         for _ in range(3):
             for a, b in zip(first, native(geometry, *tensors), strict=True):
                 assert torch.equal(a, b)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert_close(geometry, first, reference(geometry, *tensors), reference(geometry, *tensors, dtype=dtype), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 
 import pytest
@@ -73,6 +74,29 @@ def test_two_streams_do_not_disturb_each_other():
     for got, want in zip(results, expected, strict=True):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_thread_that_has_not_used_the_device():
+    """Such a thread has no context yet; nothing but our library is called in it, its memory comes from the cache."""
+    value, offset_mask, grad = make(GEOMETRY, torch.float16, offset_std=0.2)
+    arguments = (grad, value, offset_mask, 3, 3, 1, 1, 1, 1, 1, 1, GEOMETRY.groups, 1.0, False, False)
+    expected = torch.ops.dcngen.dcnv4_backward(*arguments)
+    torch.cuda.synchronize()
+    results, errors = [], []
+
+    def run() -> None:
+        try:
+            results.append(torch.ops.dcngen.dcnv4_backward(*arguments))
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not errors, errors
+    torch.cuda.synchronize()
+    for got, want in zip(results[0], expected, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
