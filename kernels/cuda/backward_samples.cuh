@@ -1,5 +1,5 @@
-// The samples that the tile kernel leaves out: which they are and where they lie. backward_wide.cuh and backward_far.cuh
-// handle them.
+// The samples that the tile kernel leaves out: which they are and where they lie. backward_wide.cuh and
+// backward_far.cuh handle them.
 #pragma once
 
 #include "backward_stencil.cuh"

@@ -46,8 +46,8 @@ constexpr int kWideSamples = 72, kRounds = 3;  // of a warp: it owns one row of 
 template <int D, int SIDE>
 struct WideShape {
   static constexpr int kCells = SIDE * SIDE;
-  // The row of an output pixel: first T; then S (16 bytes on in every other four rows, so that eight rows' pieces lie in
-  // different banks) and nine records. It is 8 (24) words past a multiple of 32: no conflicts where T is stored.
+  // The row of an output pixel: first T; then S (16 bytes on in every other four rows, so that eight rows' pieces lie
+  // in different banks) and nine records. It is 8 (24) words past a multiple of 32: no conflicts where T is stored.
   static constexpr int kWeights = 2 * kCells + 16;
   static constexpr int kRow = SIDE == 16 ? 4 * kCells + 32 : 4 * kCells + 96, kProducts = 64 * kRow;
   static constexpr int kInput = kCells * 2 * D, kGradOutput = 64 * 2 * D;
