@@ -194,7 +194,8 @@ cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
 }
 
 // A gather's time goes by samples and channels, that of products over a window does not. By measurement: the far
-// samples in reach, of 8x8 outputs, from which on products are faster. A reproducible result takes products on small maps.
+// samples in reach, of 8x8 outputs, from which on products are faster. A
+// reproducible result takes products on small maps.
 inline int few_samples(const Params& p, Windows windows) {
   if (windows == Windows::kWhole) return p.deterministic ? 0 : 6400 / p.group_channels;
   return 8192 / p.group_channels;

@@ -114,8 +114,8 @@ __device__ __forceinline__ void note_far_samples(const TileArgs& args, int64_t u
 }
 
 // Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of
-// these the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only the
-// derivative is that of a cell further out.) Counts, too: see far_bits.
+// these the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only
+// the derivative is that of a cell further out.) Counts, too: see far_bits.
 template <typename T>
 __device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale, float reach) {
   constexpr uint32_t kToSign = 0x80008000u - HalfTraits<T>::kOne * 0x10001u;  // |h| >= 1 sets the top bit
