@@ -182,7 +182,7 @@ def time_released(case: Case, sets: list[Inputs]) -> None:
         return
     reference = ours_forward(case, sets[0]).float()
     difference = (released[0](sets[0]).float() - reference).abs().max() / reference.abs().max()
-    if difference > 0.05:
+    if not difference <= 0.05:
         case.others["released_error"] = float(difference)
         return
     for direction, function in zip(("forward", "backward"), released, strict=True):
