@@ -177,7 +177,7 @@ def check_tensors(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geom
 
 
 def split_packed(packed: torch.Tensor, channels: int, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """input (N, H, W, channels) and offset_mask (N, H, W, 3 * groups * taps), views of packed (N, H, W, wider).
+    """input (N, H, W, channels) and offset_mask (N, H, W, P), views of packed (N, H, W, channels + P or more).
 
     Raises:
         TypeError: not a tensor.
@@ -197,7 +197,8 @@ def split_packed(packed: torch.Tensor, channels: int, geometry: Geometry) -> tup
             f"packed: expected a geometry that keeps the map's size {size}, got {geometry.describe()}, which gives "
             f"{geometry.output_size(*size)}; use dcnv4 with two tensors"
         )
-    return packed[..., :channels], packed[..., channels : channels + used]
+    # With its padding where there is one: the window kernel copies 16 bytes at a time.
+    return packed[..., :channels], packed[..., channels : channels + padded_channels(used)]
 
 
 def _shape(tensor: torch.Tensor) -> str:
