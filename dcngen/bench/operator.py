@@ -176,7 +176,7 @@ def _time(function: Callable[[Inputs], object], sets: list[Inputs]) -> float:
 def time_released(case: Case, sets: list[Inputs]) -> None:
     """Fills ``released_forward`` and ``released_backward``, and ``released_error`` where its output is wrong.
 
-    Such a time is shown with a mark and stays out of the means: what a wrong result costs is worth knowing, not beating.
+    Such a time is shown with a mark and stays out of the means.
     """
     released = released_operator(case)
     for direction in ("forward", "backward"):
