@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--modes", nargs="+", default=["reduce-overhead"], help='modes of torch.compile ("default", ...), or "eager"'
     )
-    parser.add_argument("--fused", action="store_true", help="value_proj and offset_mask of DCNv4 as one product")
+    parser.add_argument("--unfused", action="store_true", help="value_proj and offset_mask of DCNv4 as two products")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -96,12 +96,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     about = provenance(device, copy_bandwidth(device))
-    fused = ", fused projections" if args.fused else ""
-    print(f"{about['device']}, commit {about['commit']}, batch {args.batch_size}{fused}")
+    unfused = ", projections not fused" if args.unfused else ""
+    print(f"{about['device']}, commit {about['commit']}, batch {args.batch_size}{unfused}", flush=True)
     arms = [("baseline", 0), *(("dcn", d) for d in args.group_channels)]
     rows = []
     for mode, (arm, width) in itertools.product(args.modes, arms):
-        model = build(arm, width).fuse_projections(args.fused)
+        model = build(arm, width).fuse_projections(not args.unfused)
         name = arm if arm == "baseline" else f"{arm} D={width}"
         row = {"mode": mode, "arm": name, "parameters": count_parameters(model)}
         row |= time_step(model, args.batch_size, mode)

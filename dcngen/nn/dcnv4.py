@@ -79,7 +79,7 @@ class DCNv4(nn.Module):
         in_channels: int | None = None,
         mask_init: float = 0.0,
         center_mask_init: float | None = None,
-        fuse_projections: bool = False,
+        fuse_projections: bool = True,
     ):
         super().__init__()
         in_channels = channels if in_channels is None else in_channels
