@@ -1,6 +1,5 @@
 """`pip install .` with and without a C++ compiler and nvcc."""
 
-import os
 import re
 import shutil
 import subprocess
