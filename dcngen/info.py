@@ -22,7 +22,9 @@ PACKAGES = (
     "safetensors",
     "jsonargparse",
     "tensorboard",
+    "torchmetrics",
     "torchvision",
+    "torch-fidelity",
 )
 VARIABLES = ("DCNGEN_LIBRARY_DIR", "DCNGEN_BACKEND", "DCNGEN_CPU_ISA", "DCNGEN_CACHE", "OMP_NUM_THREADS")
 

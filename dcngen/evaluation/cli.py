@@ -4,10 +4,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-import torch
-
 from dcngen.evaluation.comparison import FLOORS, compare
-from dcngen.evaluation.inception_weights import load_inception
+from dcngen.evaluation.networks import add_network_arguments, load_network
 from dcngen.evaluation.report import terminal_table, write_report
 
 
@@ -30,8 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-different", action="store_true", help="compare runs that differ in autoencoder or data"
     )
-    parser.add_argument("--inception-weights", type=Path, help="file with the network's weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_network_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -49,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         guidance_scale=options.guidance_scale,
         mixed_precision=options.mixed_precision,
     )
-    network = load_inception(options.inception_weights, device=options.device)
-    print(f"Inception weights {network.weights_digest[:16]} from {network.weights_origin}")
+    network = load_network(options)
     result = compare(
         options.runs,
         plan,

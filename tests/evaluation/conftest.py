@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dcngen.evaluation.inception_weights import find_weights, load_inception
+from dcngen.evaluation.spaces import INCEPTION
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,7 @@ def gaussian_features():
 class ColourFeatures(torch.nn.Module):
     """Features any test can check by hand: mean and spread of each colour."""
 
-    num_features, weights_digest, weights_origin = 6, "colours", "test"
+    num_features, weights_digest, weights_origin, space = 6, "colours", "test", INCEPTION
 
     def __init__(self):
         super().__init__()

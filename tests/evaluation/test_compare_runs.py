@@ -63,7 +63,7 @@ def two_runs(tmp_path, monkeypatch):
 
 def test_compare_samples_scores_reports_and_reuses(two_runs, tmp_path, monkeypatch, capsys, colour_network):
     network = colour_network()
-    monkeypatch.setattr(cli, "load_inception", lambda *_, **__: network)
+    monkeypatch.setattr(cli, "load_network", lambda _: network)
     page = tmp_path / "out" / "report.html"
     arguments = [*two_runs, "--num-images", "24", "--steps", "2", "--device", "cpu", "--quiet", "--out", str(page)]
     assert cli.main(arguments) == 0
@@ -83,7 +83,7 @@ def test_compare_samples_scores_reports_and_reuses(two_runs, tmp_path, monkeypat
 
 
 def test_a_run_against_itself_is_inconclusive(two_runs, tmp_path, monkeypatch, capsys, colour_network):
-    monkeypatch.setattr(cli, "load_inception", lambda *_, **__: colour_network())
+    monkeypatch.setattr(cli, "load_network", lambda _: colour_network())
     arguments = [two_runs[0], two_runs[0], "--num-images", "20", "--steps", "1", "--device", "cpu", "--quiet"]
     assert cli.main([*arguments, "--floors", "--out", str(tmp_path / "r.html")]) == 0
     assert "INCONCLUSIVE" in capsys.readouterr().out
