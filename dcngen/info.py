@@ -23,6 +23,7 @@ PACKAGES = (
     "jsonargparse",
     "tensorboard",
     "torchmetrics",
+    "transformers",
     "torchvision",
     "torch-fidelity",
 )

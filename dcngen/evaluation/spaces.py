@@ -40,4 +40,12 @@ INCEPTION = FeatureSpace(
     published="50,000 pictures",
     published_by_default=True,
 )
-SPACES = {INCEPTION.network: INCEPTION}
+DINOV2 = FeatureSpace(
+    network="DINOv2",
+    frechet="FD-DINOv2",
+    kernel="KD-DINOv2",
+    resize="bicubic to 224 as Pillow's, with antialiasing, from uint8",
+    published="50,000 pictures and ViT-L/14 (facebook/dinov2-large)",
+    published_by_default=False,
+)
+SPACES = {space.network: space for space in (INCEPTION, DINOV2)}
