@@ -18,6 +18,7 @@ PACKAGES = (
     "torch",
     "diffusers",
     "accelerate",
+    "einops",
     "datasets",
     "safetensors",
     "jsonargparse",

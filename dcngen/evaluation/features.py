@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -182,8 +183,8 @@ def _open_npz(path: Path) -> ImageSet:
     for start in range(0, len(pixels), 1024):
         digest.update(np.ascontiguousarray(pixels[start : start + 1024]).tobytes())
     names = [str(label) for label in range(int(labels.max(initial=0)) + 1)]
-    moved = np.moveaxis(pixels, 3, 1)
-    return ImageSet(moved, labels, names, digest=digest.hexdigest(), name=str(path), split="generated")
+    channels_first = rearrange(pixels, "n h w c -> n c h w")
+    return ImageSet(channels_first, labels, names, digest=digest.hexdigest(), name=str(path), split="generated")
 
 
 def _npz_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
