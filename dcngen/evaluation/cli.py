@@ -58,12 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     result.command = "python -m dcngen compare " + shlex.join(argv or [])
     print("\n" + terminal_table(result) + "\n")
-    page, numbers = write_report(result, options.out or default_page(options.runs))
+    page, numbers = write_report(result, options.out or default_page(options.runs, options.features))
     print(f"numbers  {numbers}\nreport   {page.resolve()}")
     return 0
 
 
-def default_page(runs: list[str]) -> Path:
-    """``compare-<first>-<second>/report.html`` beside the first run."""
+def default_page(runs: list[str], features: str = "inception") -> Path:
+    """``compare-<first>-<second>/report.html`` beside the first run; other features than Inception's add their name."""
     folders = [Path(run).resolve() for run in runs]
-    return folders[0].parent / ("compare-" + "-".join(folder.name for folder in folders)) / "report.html"
+    names = [folder.name for folder in folders] + ([] if features == "inception" else [features])
+    return folders[0].parent / "-".join(["compare", *names]) / "report.html"

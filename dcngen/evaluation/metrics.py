@@ -105,7 +105,9 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     if len(reference) != count or count < 2:
         raise ValueError(f"torchmetrics' KID needs equally many pictures, 2 or more, got {count} and {len(reference)}")
     _, kid = torchmetrics_image()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # compute() shuffles with the global generator
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # compute() shuffles with the CPU's global generator, and the order moves the last digit
+        torch.default_generator.manual_seed(0)
         warnings.filterwarnings("ignore", message=".*will save all extracted features", category=UserWarning)
         metric = kid.KernelInceptionDistance(
             AsGiven(features.shape[1]), subsets=1, subset_size=count, sync_on_compute=False

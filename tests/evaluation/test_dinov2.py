@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, Dinov2Model, ViTConfig
+from transformers import Dinov2Model, ViTConfig
 
 from dcngen.evaluation import evaluate
 from dcngen.evaluation.dinov2 import load_dinov2, resize_like_pillow
@@ -15,15 +15,6 @@ from dcngen.evaluation.features import Features, Provenance
 from dcngen.evaluation.scores import load_statistics, score
 from dcngen.evaluation.spaces import DINOV2, INCEPTION
 from dcngen.evaluation.verdict import judge
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("dinov2")
-    shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**shape)).save_pretrained(path)
-    return path
 
 
 def pictures(n, seed=0, size=8, top=256):
@@ -39,12 +30,12 @@ def test_resize_is_pillows_to_one_grey_level(size):
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
-def test_features_are_the_normed_class_token_in_full_precision(folder):
-    network = load_dinov2(folder)
+def test_features_are_the_normed_class_token_in_full_precision(dinov2_folder):
+    network = load_dinov2(dinov2_folder)
     images = torch.from_numpy(pictures(3, size=224)).permute(0, 3, 1, 2)
     x = images.float() / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    expected = Dinov2Model.from_pretrained(folder)(x).pooler_output
+    expected = Dinov2Model.from_pretrained(dinov2_folder)(x).pooler_output
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = network.train()(images)
     assert features.shape == (3, network.num_features) and features.dtype == torch.float32
@@ -53,9 +44,9 @@ def test_features_are_the_normed_class_token_in_full_precision(folder):
         network(x)
 
 
-def test_digest_names_the_weights(folder, tmp_path):
-    config, tensors = (folder / "config.json").read_text(), load_file(folder / "model.safetensors")
-    digests = [load_dinov2(folder).weights_digest]
+def test_digest_names_the_weights(dinov2_folder, tmp_path):
+    config, tensors = (dinov2_folder / "config.json").read_text(), load_file(dinov2_folder / "model.safetensors")
+    digests = [load_dinov2(dinov2_folder).weights_digest]
     for change in (0.0, 1e-3):
         (tmp_path / "config.json").write_text(config)
         changed = tensors | {"layernorm.bias": tensors["layernorm.bias"] + change}
@@ -64,12 +55,12 @@ def test_digest_names_the_weights(folder, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_other_models_and_incomplete_weights_are_refused(folder, tmp_path):
+def test_other_models_and_incomplete_weights_are_refused(dinov2_folder, tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a vit model, expected dinov2"):
         load_dinov2(tmp_path)
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((dinov2_folder / "config.json").read_text())
+    tensors = load_file(dinov2_folder / "model.safetensors")
     del tensors["layernorm.bias"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"does not hold all weights of a DINOv2 model: layernorm\.bias"):
@@ -111,7 +102,7 @@ def test_features_of_two_networks_are_not_compared(gaussian_features, tmp_path):
         load_statistics(tmp_path / "published.npz", features_of(x, "DINOv2").provenance)
 
 
-def test_evaluate_command(folder, tmp_path, monkeypatch, capsys):
+def test_evaluate_command(dinov2_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DCNGEN_CACHE", str(tmp_path / "cache"))
     for index, picture in enumerate(pictures(30, seed=1)):
         path = tmp_path / "data" / f"class{index % 2}" / f"{index}.png"
@@ -128,9 +119,9 @@ def test_evaluate_command(folder, tmp_path, monkeypatch, capsys):
         "--json",
         str(output),
     ]
-    assert evaluate.main([*arguments, "--features", "dinov2", "--dinov2-weights", str(folder)]) == 0
+    assert evaluate.main([*arguments, "--features", "dinov2", "--dinov2-weights", str(dinov2_folder)]) == 0
     text = capsys.readouterr().out
-    assert f"DINOv2 weights {load_dinov2(folder).weights_digest[:16]} from {folder}" in text
+    assert f"DINOv2 weights {load_dinov2(dinov2_folder).weights_digest[:16]} from {dinov2_folder}" in text
     scores = json.loads(output.read_text())
     assert f"FD-DINOv2      {scores['fd_dinov2']:.3f} +- " in text and "FID" not in text
     assert scores["features"] == "DINOv2" and "fid" not in scores
