@@ -26,6 +26,25 @@ struct BackwardArgs {
   void* workspace;
 };
 
+// Launches a kernel and answers with this launch's own error. (cudaGetLastError after <<<>>> would also report, as ours,
+// what an earlier call left behind.) `after_previous`: the kernel begins with griddepcontrol.wait, so its blocks may
+// take their places on the device while the kernel before it in the stream ends.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                   bool after_previous, const Arguments&... arguments) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = after_previous ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 inline int taps(const Params& p) { return p.kernel_h * p.kernel_w - (p.remove_center ? 1 : 0); }
 
 // plain_*.cu: any shape, any dtype; a gather forward, a gather for offset and mask gradients, atomics for the input's.
