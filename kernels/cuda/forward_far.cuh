@@ -10,7 +10,7 @@
 namespace dcngen::window {
 
 // More far samples than this in a unit (of 16 * 9): the warp's pixels are left to the gather kernel.
-constexpr int kMostFar = 16;
+constexpr int kMostFar = 24;
 
 // What sampling needs of the problem. Distances in the input are counted in pieces of 16 bytes.
 struct FarContext {
@@ -30,20 +30,21 @@ struct FarContext {
 
 // A sample's four corners: the upper left one's distance from the image's first value, and weights in row order. The
 // corners are two neighbouring columns and rows inside the image; the hat functions give a corner that the sample does
-// not touch weight 0, so borders need no cases. A place that does not count (NaN too) gets only zeros.
+// not touch weight 0, so borders need no cases. A place that does not count (NaN too) gets only zeros, and corners that
+// all such places share, which a gather of several reads at once.
 struct Corners {
   float weight[4];
   uint32_t first;
-  bool counts;
   __device__ __forceinline__ Corners(const FarContext& c, float x, float y, float mask) {
     float left_weight, right_weight, upper_weight, lower_weight;
     const float left = first_of_two(x, c.width_in, left_weight, right_weight);
     const float top = first_of_two(y, c.height_in, upper_weight, lower_weight);
-    counts = left_weight + right_weight > 0.f && upper_weight + lower_weight > 0.f;
+    const bool counts = left_weight + right_weight > 0.f && upper_weight + lower_weight > 0.f;
     const float upper = counts ? mask * upper_weight : 0.f, lower = counts ? mask * lower_weight : 0.f;
     weight[0] = upper * left_weight, weight[1] = upper * right_weight;
     weight[2] = lower * left_weight, weight[3] = lower * right_weight;
-    first = (static_cast<uint32_t>(top) * c.width_in + static_cast<uint32_t>(left)) * c.stride_pieces;
+    const uint32_t pixel = static_cast<uint32_t>(top) * c.width_in + static_cast<uint32_t>(left);
+    first = counts ? pixel * c.stride_pieces : 0;
   }
 
  private:

@@ -127,8 +127,6 @@ struct GatherShape {
   static_assert(PAIRS <= 32 && WARP_BYTES % 16 == 0, "a lane computes places of one pair, and loads are aligned");
 };
 
-constexpr uint32_t kNoPlace = ~0u;  // of samples that do not count
-
 // Where a unit lies.
 struct GatherUnit {
   int chunk, x0, y0, image;
@@ -173,7 +171,7 @@ __device__ __forceinline__ void store_places(const ForwardGather& p, const Gathe
                           place_y(p.far, y, k, load_value<T>(values + (2 * k + 1) * VALUE)),
                           load_value<T>(values + (2 * kTaps + k) * VALUE));
     Blend<T>::store(own + place * Shape::WEIGHT_BYTES, corners.weight);
-    store_shared(own + Shape::FIRSTS_AT + place * 4, corners.counts ? corners.first : kNoPlace);
+    store_shared(own + Shape::FIRSTS_AT + place * 4, corners.first);
   }
   __syncwarp();
 }
@@ -195,9 +193,7 @@ __device__ __forceinline__ void gather_unit(const ForwardGather& p, const Gather
       float sum[Shape::VALUES] = {};
 #pragma unroll 1
       for (int k = 0; k < kTaps; ++k) {
-        const uint32_t first = load_shared(own + Shape::FIRSTS_AT + (place + k) * 4);
-        if (first == kNoPlace) continue;
-        const uint4* from = image + first;
+        const uint4* from = image + load_shared(own + Shape::FIRSTS_AT + (place + k) * 4);
         const auto weights = Blend<T>::load(own + (place + k) * Shape::WEIGHT_BYTES);
         const uint4 corners[4] = {load_global16(from), load_global16(from + p.far.pixel_pieces),
                                   load_global16(from + p.far.row_pieces),
@@ -232,14 +228,17 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) forward_gather_kernel(const
   using Mark = LeftMark<T>;
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
   const uint32_t own = smem_address(shared_memory) + warp * Shape::WARP_BYTES;
+  // A thread's units: one of every `step`. Where the mark stands is worked out ahead of the wait.
+  const uint32_t step = gridDim.x * blockDim.x;
+  uint32_t number = (blockIdx.x + gridDim.x * warp) * 32 + lane;
+  const T* begin = begin_of_unit<T, Shape>(p, number);
   if (threadIdx.x == 0) length = next = 0;
-  __syncthreads();
   let_next_kernel_begin();
   wait_for_previous_kernel();
-  for (uint32_t first = blockIdx.x; first * 32 < p.units; first += gridDim.x * (blockDim.x >> 5)) {
-    const uint32_t number = (first + gridDim.x * warp) * 32 + lane;
-    const bool left = number < p.units && __ldcg(reinterpret_cast<const typename Mark::Word*>(
-                                              begin_of_unit<T, Shape>(p, number))) == Mark::VALUE;
+  for (uint32_t first = blockIdx.x * 32; first < p.units; first += step, number += step) {
+    if (first != blockIdx.x * 32) begin = begin_of_unit<T, Shape>(p, number);
+    const bool left = number < p.units && __ldcg(reinterpret_cast<const typename Mark::Word*>(begin)) == Mark::VALUE;
+    if (!__syncthreads_or(left)) continue;
     const unsigned lanes = __ballot_sync(kAllLanes, left);
     int at = 0;
     if (lane == 0 && lanes != 0) at = atomicAdd(&length, __popc(lanes));
@@ -254,7 +253,6 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) forward_gather_kernel(const
     }
     __syncthreads();
     if (threadIdx.x == 0) length = next = 0;
-    __syncthreads();
   }
 }
 
@@ -296,8 +294,13 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   const int fitting = (limits.shared_bytes - Shape::LIST_BYTES) / Shape::WARP_BYTES;
   const int warps = fitting < Shape::WARPS ? fitting : Shape::WARPS, bytes = warps * Shape::WARP_BYTES;
   static OncePerDevice prepared;
-  const cudaError_t error = prepared.run(
-      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); });
+  const cudaError_t error = prepared.run([&] {
+    // Asked for, else blocks that start while the first kernel ends keep its split of cache and shared memory.
+    const cudaError_t split =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxL1);
+    if (split != cudaSuccess) return split;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  });
   if (error != cudaSuccess) return error;
   const int64_t spans = (gather.units + 31) / 32, most = limits.multiprocessors;
   return launch(kernel, spans < most ? spans : most, warps * 32, bytes, stream, bulk_copies(), gather);

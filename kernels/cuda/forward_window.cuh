@@ -213,6 +213,7 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
   const uint32_t tile = smem_address(shared_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
   const OutputTile at = locate_tile<Shape>(p);
+  let_next_kernel_begin();
   wait_for_previous_kernel();
 
   // Computed where needed: only copies by threads and far samples use them.

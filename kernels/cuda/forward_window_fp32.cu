@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
   using Tile = typename S::Tile;
   const uint32_t tile = smem_address(shared_memory);
   const int thread = static_cast<int>(threadIdx.x);
+  let_next_kernel_begin();
   wait_for_previous_kernel();
   uint32_t rest = blockIdx.x;
   const int chunk = static_cast<int>(p.chunks.split(rest));
