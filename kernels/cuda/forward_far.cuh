@@ -30,16 +30,16 @@ struct FarContext {
 
 // A sample's four corners: the upper left one's distance from the image's first value, and weights in row order. The
 // corners are two neighbouring columns and rows inside the image; the hat functions give a corner that the sample does
-// not touch weight 0, so borders need no cases. A place that does not count (NaN too) gets only zeros, and corners that
-// all such places share, which a gather of several reads at once.
+// not touch weight 0, so borders need no cases. A place that does not count (NaN too) gets only zeros.
 struct Corners {
   float weight[4];
   uint32_t first;
+  bool counts;
   __device__ __forceinline__ Corners(const FarContext& c, float x, float y, float mask) {
     float left_weight, right_weight, upper_weight, lower_weight;
     const float left = first_of_two(x, c.width_in, left_weight, right_weight);
     const float top = first_of_two(y, c.height_in, upper_weight, lower_weight);
-    const bool counts = left_weight + right_weight > 0.f && upper_weight + lower_weight > 0.f;
+    counts = left_weight + right_weight > 0.f && upper_weight + lower_weight > 0.f;
     const float upper = counts ? mask * upper_weight : 0.f, lower = counts ? mask * lower_weight : 0.f;
     weight[0] = upper * left_weight, weight[1] = upper * right_weight;
     weight[2] = lower * left_weight, weight[3] = lower * right_weight;

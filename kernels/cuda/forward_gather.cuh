@@ -127,6 +127,8 @@ struct GatherShape {
   static_assert(PAIRS <= 32 && WARP_BYTES % 16 == 0, "a lane computes places of one pair, and loads are aligned");
 };
 
+constexpr uint32_t kNoPlace = ~0u;  // of samples that do not count: on small maps a good part of them
+
 // Where a unit lies.
 struct GatherUnit {
   int chunk, x0, y0, image;
@@ -171,7 +173,7 @@ __device__ __forceinline__ void store_places(const ForwardGather& p, const Gathe
                           place_y(p.far, y, k, load_value<T>(values + (2 * k + 1) * VALUE)),
                           load_value<T>(values + (2 * kTaps + k) * VALUE));
     Blend<T>::store(own + place * Shape::WEIGHT_BYTES, corners.weight);
-    store_shared(own + Shape::FIRSTS_AT + place * 4, corners.first);
+    store_shared(own + Shape::FIRSTS_AT + place * 4, corners.counts ? corners.first : kNoPlace);
   }
   __syncwarp();
 }
@@ -193,7 +195,9 @@ __device__ __forceinline__ void gather_unit(const ForwardGather& p, const Gather
       float sum[Shape::VALUES] = {};
 #pragma unroll 1
       for (int k = 0; k < kTaps; ++k) {
-        const uint4* from = image + load_shared(own + Shape::FIRSTS_AT + (place + k) * 4);
+        const uint32_t first = load_shared(own + Shape::FIRSTS_AT + (place + k) * 4);
+        if (first == kNoPlace) continue;
+        const uint4* from = image + first;
         const auto weights = Blend<T>::load(own + (place + k) * Shape::WEIGHT_BYTES);
         const uint4 corners[4] = {load_global16(from), load_global16(from + p.far.pixel_pieces),
                                   load_global16(from + p.far.row_pieces),
