@@ -126,7 +126,7 @@ def is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
-        and not torch.is_autocast_enabled(input.device.type)
+        and not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
         and not (input.is_neg() or offset_mask.is_neg())
     )
 
