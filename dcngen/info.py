@@ -18,11 +18,15 @@ PACKAGES = (
     "torch",
     "diffusers",
     "accelerate",
+    "einops",
     "datasets",
     "safetensors",
     "jsonargparse",
     "tensorboard",
+    "torchmetrics",
+    "transformers",
     "torchvision",
+    "torch-fidelity",
 )
 VARIABLES = ("DCNGEN_LIBRARY_DIR", "DCNGEN_BACKEND", "DCNGEN_CPU_ISA", "DCNGEN_CACHE", "OMP_NUM_THREADS")
 

@@ -1,11 +1,13 @@
 """The whole DCNv4 layer (three projections and the operator) against the 3x3 convolution whose place it takes.
 
-Forward plus backward under bf16 autocast and torch.compile, channels last, both with the same input and gradient.
+Forward plus backward under bf16 autocast and torch.compile, channels last, both with the same input and gradient, each
+captured in a CUDA graph and replayed, so that the device is timed and not the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from dcngen.bench.operator import provenance
-from dcngen.bench.timing import copy_bandwidth, geometric_mean, median_microseconds
+from dcngen.bench.timing import captured, copy_bandwidth, geometric_mean, median_microseconds
 from dcngen.nn import DCNv4
 
 SHAPES = [(128, 32, 32, 256), (128, 16, 16, 512), (128, 8, 8, 1024), (64, 64, 64, 128)]
@@ -32,17 +34,22 @@ def forward_backward(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor):
     return step
 
 
-def dcn_layer(channels: int, group_channels: int) -> DCNv4:
+def dcn_layer(channels: int, group_channels: int, fused: bool) -> DCNv4:
     """A DCNv4 layer away from its zero initialisation, so that offsets and masks do real work."""
-    layer = DCNv4(channels, group=channels // group_channels).cuda()
+    layer = DCNv4(channels, group=channels // group_channels, fuse_projections=fused).cuda()
     with torch.no_grad():
         layer.offset_mask.weight.normal_(std=0.2 / channels**0.5)
         layer.offset_mask.bias.normal_(std=0.1)
     return layer
 
 
+def arm_name(group_channels: int, fused: bool) -> str:
+    """Key of one DCNv4 arm; "fused" has value_proj and offset_mask as one product."""
+    return f"dcnv4_d{group_channels}{'_fused' if fused else ''}_us"
+
+
 def time_shape(shape: tuple[int, int, int, int], group_channels: list[int]) -> dict[str, object]:
-    """Microseconds of forward plus backward of the convolution and of DCNv4 at each group width."""
+    """Microseconds of forward plus backward of the convolution and of DCNv4 at each group width, plain and fused."""
     n, h, w, c = shape
     x = torch.randn(n, h, w, c, device="cuda", dtype=torch.bfloat16).requires_grad_()
     grad = torch.randn_like(x)
@@ -50,11 +57,11 @@ def time_shape(shape: tuple[int, int, int, int], group_channels: list[int]) -> d
     convolution = nn.Conv2d(c, c, 3, padding=1).cuda().to(memory_format=torch.channels_last)
     row: dict[str, object] = {"shape": "x".join(map(str, shape))}
     compiled = torch.compile(convolution, dynamic=False)
-    row["conv3x3_us"] = median_microseconds(forward_backward(compiled, image, grad.permute(0, 3, 1, 2)))
-    for d in group_channels:
+    row["conv3x3_us"] = median_microseconds(captured(forward_backward(compiled, image, grad.permute(0, 3, 1, 2))))
+    for d, fused in itertools.product(group_channels, (False, True)):
         torch.compiler.reset()  # each layer is a new set of shapes for the same code, which dynamo counts
-        compiled = torch.compile(dcn_layer(c, d), dynamic=False, fullgraph=True)
-        row[f"dcnv4_d{d}_us"] = median_microseconds(forward_backward(compiled, x, grad))
+        compiled = torch.compile(dcn_layer(c, d, fused), dynamic=False, fullgraph=True)
+        row[arm_name(d, fused)] = median_microseconds(captured(forward_backward(compiled, x, grad)))
     return row
 
 
@@ -69,16 +76,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     about = provenance(device, copy_bandwidth(device))
-    rows = [time_shape(shape, args.group_channels) for shape in SHAPES]
-    widths = [f"dcnv4_d{d}_us" for d in args.group_channels]
+    widths = [arm_name(d, fused) for d, fused in itertools.product(args.group_channels, (False, True))]
     print(
         f"{about['device']}, commit {about['commit']}: forward + backward, bf16 autocast, torch.compile, microseconds"
     )
-    for row in rows:
-        print(
-            f"{row['shape']:>16}  conv3x3 {row['conv3x3_us']:8.1f}  "
-            + "  ".join(f"{k[:-3]} {row[k]:8.1f}" for k in widths)
-        )
+    rows = []
+    for shape in SHAPES:
+        row = time_shape(shape, args.group_channels)
+        rows.append(row)
+        figures = "  ".join(f"{key[:-3]} {row[key]:8.1f}" for key in widths)
+        print(f"{row['shape']:>16}  conv3x3 {row['conv3x3_us']:8.1f}  {figures}", flush=True)
     for key in widths:
         ratio = geometric_mean([row[key] / row["conv3x3_us"] for row in rows])
         print(f"{key[:-3]}: {ratio:.2f} times the convolution's time (geometric mean)")

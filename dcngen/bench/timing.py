@@ -37,6 +37,23 @@ def median_microseconds(run: Callable[[int], object], *, repeats: int = _REPEATS
     return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e3
 
 
+def captured(step: Callable[[int], object], *, warmup: int = 3) -> Callable[[int], object]:
+    """``step`` as a replayed CUDA graph: what the device needs, whatever the host needs to launch it.
+
+    A compiled layer is a dozen short kernels behind a millisecond of Python; outside a graph its time is the host's.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(warmup):
+            step(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0)
+    return lambda _: graph.replay()
+
+
 def copy_bandwidth(device: torch.device, gigabytes: float = 2.0) -> float:
     """Bytes per second, read plus written, of a large device-to-device copy: the ceiling behind every floor."""
     source = torch.empty(int(gigabytes * 2**30), dtype=torch.uint8, device=device)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from dcngen.data.files import atomic_file
 from dcngen.diffusion.images import image_grid, png_path, read_png, write_npz, write_png
@@ -99,7 +100,7 @@ class SampleFolder:
             yield from (read_png(png_path(self.path, i)) for batch in self.batches for i in batch)
         elif self._npz.is_file():
             with np.load(self._npz) as archive:
-                yield from torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2)
+                yield from torch.from_numpy(rearrange(archive["arr_0"], "n h w c -> n c h w"))
         else:
             for batch in self.batches:
                 yield from torch.from_numpy(np.load(self._piece(batch)))

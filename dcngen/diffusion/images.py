@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
+from torch.nn import functional as F
 
 from dcngen.data.files import atomic_file
 
@@ -22,9 +24,8 @@ def png_path(folder: Path, index: int) -> Path:
 
 def write_png(path: Path, image: torch.Tensor) -> None:
     """Write one (3, H, W) uint8 image, whole or not at all."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     with atomic_file(path) as partial:
-        picture.save(partial, format="png")
+        _to_pil(image).save(partial, format="png")
 
 
 def read_png(path: Path) -> torch.Tensor:
@@ -38,7 +39,11 @@ def read_png(path: Path) -> torch.Tensor:
             pixels = np.array(picture.convert("RGB"))
     except OSError as error:
         raise ValueError(f"{path} expected a readable picture, got: {error}; delete it and sample again") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(rearrange(pixels, "h w c -> c h w"))
+
+
+def _to_pil(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(rearrange(image, "c h w -> h w c").contiguous().cpu().numpy())
 
 
 def image_grid(
@@ -56,16 +61,11 @@ def image_grid(
     shapes = {(tuple(image.shape), image.dtype) for image in images}
     if len(shapes) != 1 or next(iter(shapes))[1] != torch.uint8 or next(iter(shapes))[0][0] != 3:
         raise ValueError(f"image_grid expected uint8 images (3, H, W) of one size, got {sorted(map(str, shapes))}")
-    _, height, width = images[0].shape
     columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    canvas = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = (
-            padding + n * (size + padding) for n, size in zip(divmod(i, columns), (height, width), strict=True)
-        )
-        canvas[top : top + height, left : left + width] = image.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(canvas)
+    cells = [F.pad(image.cpu(), (padding, 0, padding, 0), value=255) for image in images]  # white above and to the left
+    cells += [torch.full_like(cells[0], 255)] * (-len(cells) % columns)
+    canvas = rearrange(cells, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
+    return _to_pil(F.pad(canvas, (0, padding, 0, padding), value=255))
 
 
 def write_npz(path: Path, images: Iterable[torch.Tensor], num_images: int, labels: Sequence[int] | None) -> None:
@@ -89,5 +89,5 @@ def _stream_pixels(path: Path, images: Iterable[torch.Tensor], num_images: int) 
         if pixels is None:
             shape = (num_images, *image.shape[1:], 3)
             pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-        pixels[i] = image.permute(1, 2, 0).numpy()
+        pixels[i] = rearrange(image, "c h w -> h w c").numpy()
     pixels.flush()

@@ -4,10 +4,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-import torch
-
 from dcngen.evaluation.comparison import FLOORS, compare
-from dcngen.evaluation.inception_weights import load_inception
+from dcngen.evaluation.networks import add_network_arguments, load_network
 from dcngen.evaluation.report import terminal_table, write_report
 
 
@@ -30,8 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-different", action="store_true", help="compare runs that differ in autoencoder or data"
     )
-    parser.add_argument("--inception-weights", type=Path, help="file with the network's weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_network_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -49,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         guidance_scale=options.guidance_scale,
         mixed_precision=options.mixed_precision,
     )
-    network = load_inception(options.inception_weights, device=options.device)
-    print(f"Inception weights {network.weights_digest[:16]} from {network.weights_origin}")
+    network = load_network(options)
     result = compare(
         options.runs,
         plan,
@@ -62,12 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     result.command = "python -m dcngen compare " + shlex.join(argv or [])
     print("\n" + terminal_table(result) + "\n")
-    page, numbers = write_report(result, options.out or default_page(options.runs))
+    page, numbers = write_report(result, options.out or default_page(options.runs, options.features))
     print(f"numbers  {numbers}\nreport   {page.resolve()}")
     return 0
 
 
-def default_page(runs: list[str]) -> Path:
-    """``compare-<first>-<second>/report.html`` beside the first run."""
+def default_page(runs: list[str], features: str = "inception") -> Path:
+    """``compare-<first>-<second>/report.html`` beside the first run; other features than Inception's add their name."""
     folders = [Path(run).resolve() for run in runs]
-    return folders[0].parent / ("compare-" + "-".join(folder.name for folder in folders)) / "report.html"
+    names = [folder.name for folder in folders] + ([] if features == "inception" else [features])
+    return folders[0].parent / "-".join(["compare", *names]) / "report.html"

@@ -12,15 +12,22 @@ from tqdm.auto import tqdm
 import dcngen
 from dcngen.data import ImageSet, open_images
 from dcngen.evaluation.features import Features, extract_features, matching_reference, open_generated
-from dcngen.evaluation.fid import Scores, score
-from dcngen.evaluation.inception import InceptionFeatures
+from dcngen.evaluation.metrics import torchmetrics_image
+from dcngen.evaluation.networks import FeatureNetwork
 from dcngen.evaluation.runs import Run, config_differences, require_comparable, unequal_training, unet_flops
+from dcngen.evaluation.scores import Scores, score
+from dcngen.evaluation.spaces import INCEPTION, FeatureSpace
 from dcngen.evaluation.verdict import Verdict, judge
 
 FLOORS = {
     "train": "real (training split)",
-    "reconstruction": "autoencoder alone (rFID)",
+    "reconstruction": "autoencoder alone (r{frechet})",
 }
+
+
+def floor_label(name: str, space: FeatureSpace) -> str:
+    """The row's name in tables: rFID, or rFD-DINOv2."""
+    return FLOORS[name].format(frechet=space.frechet)
 
 
 @dataclass
@@ -29,7 +36,7 @@ class Arm:
 
     Attributes:
         run: the run; name and folder are its.
-        scores: FID and KID of its samples.
+        scores: both distances of its samples.
         verdict: against the first arm; None for the first arm itself.
         samples: its pictures.
         num_parameters, flops: of the U-Net; flops of one evaluation on one sample.
@@ -60,6 +67,7 @@ class Comparison:
     weights_digest: str
     weights_origin: str
     device: str
+    space: FeatureSpace = INCEPTION
     seconds: float = 0.0
     command: str = ""
     versions: dict = field(default_factory=dict)
@@ -78,7 +86,12 @@ class Comparison:
                 "num_images": len(self.reference_indices),
                 "choice": self.reference_note,
             },
-            "inception_weights": {"digest": self.weights_digest, "origin": self.weights_origin},
+            "feature_network": {
+                "name": self.space.network,
+                "digest": self.weights_digest,
+                "origin": self.weights_origin,
+                "resize": self.space.resize,
+            },
             "differences": self.differences,
             "warnings": self.warnings,
             "device": self.device,
@@ -93,7 +106,7 @@ def _arm_dict(arm: Arm) -> dict:
         "name": arm.run.name,
         "folder": str(arm.run.folder),
         "scores": arm.scores.to_dict(),
-        "verdict": asdict(arm.verdict) if arm.verdict else None,
+        "verdict": arm.scores.space.named(asdict(arm.verdict)) if arm.verdict else None,
         "num_parameters": arm.num_parameters,
         "flops": arm.flops,
         "training": arm.run.training,
@@ -104,7 +117,7 @@ def _arm_dict(arm: Arm) -> dict:
 def compare(
     run_folders: list[str | Path],
     plan,
-    network: InceptionFeatures,
+    network: FeatureNetwork,
     *,
     batch_size: int | None = None,
     floors: tuple[str, ...] = tuple(FLOORS),
@@ -116,7 +129,7 @@ def compare(
     Args:
         run_folders: one or more run folders.
         plan: a :class:`dcngen.diffusion.plan.SamplePlan`; at least 20 pictures, for the error bars.
-        network: from :func:`dcngen.evaluation.load_inception`; its device also draws the pictures.
+        network: from :func:`dcngen.evaluation.load_inception` or ``load_dinov2``; its device also draws the pictures.
         batch_size: of sampling.
         floors: bounds to score beside the runs: ``train`` (real training pictures: what perfect samples would score)
             and ``reconstruction`` (what the autoencoder alone costs, rFID).
@@ -125,9 +138,11 @@ def compare(
     Raises:
         FileNotFoundError: a folder is no finished run.
         ValueError: the runs cannot be compared, or the plan does not fit them.
+        RuntimeError: torchmetrics cannot be imported.
     """
     from dcngen.diffusion.digests import module_digest
 
+    torchmetrics_image()  # what is broken should say so before the pictures are drawn
     started = time.perf_counter()
     device = next(network.parameters()).device
     runs = [Run.open(folder) for folder in run_folders]
@@ -162,7 +177,8 @@ def compare(
         weights_digest=network.weights_digest,
         weights_origin=network.weights_origin,
         device=_device_name(device),
-        versions={"dcngen": dcngen.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        space=network.space,
+        versions=_versions(),
     )
     cache = _cache(runs[0])
     if "train" in floors and reference.split != "train":  # else the pictures would be compared with themselves
@@ -178,6 +194,13 @@ def compare(
 
 def _cache(run: Run) -> Path:
     return run.data_config.cache_root
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    versions = {"dcngen": dcngen.__version__, "torch": torch.__version__, "torchmetrics": version("torchmetrics")}
+    return versions | {"python": platform.python_version()}
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""``python -m dcngen evaluate``: FID and KID of generated pictures against a data set or stored statistics."""
+"""``python -m dcngen evaluate``: FID and KID (or FD-DINOv2) of pictures against a data set or stored statistics."""
 
 import argparse
 import json
@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dcngen.data import DataConfig, ImageSet, open_images
 from dcngen.evaluation.features import extract_features, matching_reference, open_generated
-from dcngen.evaluation.fid import Scores, load_statistics, save_statistics, score
-from dcngen.evaluation.inception_weights import export_weights, load_inception
+from dcngen.evaluation.inception_weights import export_weights
+from dcngen.evaluation.metrics import torchmetrics_image
+from dcngen.evaluation.networks import add_network_arguments, load_network
+from dcngen.evaluation.scores import Scores, load_statistics, save_statistics, score
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,12 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--statistics", type=Path, help="stored reference statistics instead of --data")
     parser.add_argument("--all-reference", action="store_true", help="compare with every reference picture, not with N")
     parser.add_argument("--num-images", type=int, help="use the first so many generated pictures")
-    parser.add_argument("--inception-weights", type=Path, help="file with the network's weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_network_arguments(parser)
     parser.add_argument("--no-errors", action="store_true", help="skip the error bars (20 times less linear algebra)")
     parser.add_argument("--save-statistics", type=Path, help="write the statistics of IMAGES, or else of --data")
     parser.add_argument("--json", type=Path, dest="json_path", help="write the scores as JSON")
-    parser.add_argument("--export-inception", type=Path, help="write the network's weights to this file and stop")
+    parser.add_argument("--export-inception", type=Path, help="write Inception's weights to this file and stop")
     parser.add_argument("--half", action="store_true", help="with --export-inception: convolutions as float16")
     return parser
 
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("name the pictures to evaluate (or give --data and --save-statistics, or --export-inception)")
     if options.images is not None and not (options.data or options.statistics or options.save_statistics):
         parser.error("give what to compare with: --data NAME or --statistics FILE")
-    network = load_inception(options.inception_weights, device=options.device)
-    print(f"Inception weights {network.weights_digest[:16]} from {network.weights_origin}")
+    network = load_network(options)
     if options.images is None:
         return _save_data_statistics(options, network)
     return _evaluate(options, network)
@@ -65,6 +64,8 @@ def _save_data_statistics(options, network) -> int:
 
 
 def _evaluate(options, network) -> int:
+    if options.data or options.statistics:
+        torchmetrics_image()  # what is broken should say so before the features are computed
     images = open_generated(options.images)
     indices = range(min(len(images), options.num_images or len(images)))
     generated = extract_features(images, network, indices=list(indices), described=str(options.images))
@@ -111,11 +112,12 @@ def labels_for(path: str, images: ImageSet, num_classes: int) -> np.ndarray | No
 def print_scores(scores: Scores, reference: str) -> None:
     """The scores as text, caveats below."""
     print(f"N = {scores.num_images:,} generated, {scores.num_reference:,} reference: {reference}")
-    print(f"FID            {scores.fid:.3f} +- {1.96 * scores.fid_error:.3f}")
-    if scores.kid is not None:
-        error = f" +- {1.96 * scores.kid_error:.5f}" if scores.kid_error is not None else ""
-        print(f"KID            {scores.kid:.5f}{error}")
-    if scores.fid_infinity is not None:
-        print(f"FID-infinity   {scores.fid_infinity:.3f}")
+    frechet, kernel = scores.space.frechet, scores.space.kernel
+    print(f"{frechet:<15}{scores.frechet:.3f} +- {1.96 * scores.frechet_error:.3f}")
+    if scores.kernel is not None:
+        error = f" +- {1.96 * scores.kernel_error:.5f}" if scores.kernel_error is not None else ""
+        print(f"{kernel:<15}{scores.kernel:.5f}{error}")
+    if scores.frechet_infinity is not None:
+        print(f"{frechet + '-infinity ':<15}{scores.frechet_infinity:.3f}")
     for note in scores.notes:
         print(f"note: {note}")

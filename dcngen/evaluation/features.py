@@ -1,4 +1,4 @@
-"""Pictures to Inception features, each set once: the cache is keyed by the digests of pictures and network."""
+"""Pictures to features, each set once: the cache is keyed by the digests of pictures and network."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -16,7 +17,7 @@ from dcngen.data.config import default_cache_dir
 from dcngen.data.files import atomic_file
 from dcngen.data.images import PREPROCESSING, ImageSet, LazyPixels, evenly_over_classes
 from dcngen.data.sources import IMAGE_SUFFIXES, Source
-from dcngen.evaluation.inception import InceptionFeatures
+from dcngen.evaluation.networks import FeatureNetwork
 
 # The batch is fixed, and the last one filled up, because convolution algorithms (and so the last digits) follow it.
 BATCH_SIZE = {"cpu": 16, "cuda": 64}
@@ -34,6 +35,7 @@ class Provenance:
         extractor_digest: digest of the network's weights.
         num_features: dimensions of a feature.
         described: the pictures, for people.
+        network: name of the feature space; Inception in statistics written before there were others.
     """
 
     data_digest: str
@@ -43,6 +45,7 @@ class Provenance:
     extractor_digest: str
     num_features: int
     described: str
+    network: str = "Inception"
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Features:
 
 def extract_features(
     images: ImageSet,
-    network: InceptionFeatures,
+    network: FeatureNetwork,
     *,
     indices: np.ndarray | None = None,
     described: str = "",
@@ -66,7 +69,7 @@ def extract_features(
     """Features of some pictures of a set (all by default), read from the cache if they were computed before.
 
     Args:
-        network: from :func:`dcngen.evaluation.load_inception`; its device does the work.
+        network: from :func:`dcngen.evaluation.load_inception` or ``load_dinov2``; its device does the work.
         described: name for the progress bar and the provenance.
     """
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
@@ -80,6 +83,7 @@ def extract_features(
         extractor_digest=network.weights_digest,
         num_features=network.num_features,
         described=described,
+        network=network.space.network,
     )
     device = next(network.parameters()).device
     key = [chosen, network.weights_digest, network.num_features, device.type, BATCH_SIZE[device.type]]
@@ -98,7 +102,9 @@ def extract_features(
 def _run_network(images, network, indices, device, described, progress) -> torch.Tensor:
     batch_size = BATCH_SIZE[device.type]
     values = torch.empty(len(indices), network.num_features)
-    bar = tqdm(total=len(indices), desc=f"Inception features: {described}", unit="img", disable=not progress)
+    bar = tqdm(
+        total=len(indices), desc=f"{network.space.network} features: {described}", unit="img", disable=not progress
+    )
     with bar:
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size]
@@ -106,7 +112,9 @@ def _run_network(images, network, indices, device, described, progress) -> torch
             values[start : start + len(chunk)] = network(images.batch(filled)[0])[: len(chunk)].cpu()
             bar.update(len(chunk))
     if not torch.isfinite(values).all():
-        raise FloatingPointError(f"Inception features of {described} are not finite; the weights file may be damaged")
+        raise FloatingPointError(
+            f"{network.space.network} features of {described} are not finite; the weights file may be damaged"
+        )
     return values
 
 
@@ -175,8 +183,8 @@ def _open_npz(path: Path) -> ImageSet:
     for start in range(0, len(pixels), 1024):
         digest.update(np.ascontiguousarray(pixels[start : start + 1024]).tobytes())
     names = [str(label) for label in range(int(labels.max(initial=0)) + 1)]
-    moved = np.moveaxis(pixels, 3, 1)
-    return ImageSet(moved, labels, names, digest=digest.hexdigest(), name=str(path), split="generated")
+    channels_first = rearrange(pixels, "n h w c -> n c h w")
+    return ImageSet(channels_first, labels, names, digest=digest.hexdigest(), name=str(path), split="generated")
 
 
 def _npz_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:

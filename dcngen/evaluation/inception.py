@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dcngen.evaluation.spaces import INCEPTION
+
 FEATURE_LAYERS = {64: "Conv2d_2b_3x3", 192: "Conv2d_4a_3x3", 768: "Mixed_6e", 2048: "Mixed_7c"}
 INPUT_SIZE = 299
 
@@ -147,6 +149,8 @@ class InceptionFeatures(nn.Module):
         num_features: 2048 (the one FID means), 768, 192 or 64: the layer whose spatial mean is taken.
     """
 
+    space = INCEPTION
+
     def __init__(self, num_features: int = 2048):
         super().__init__()
         if num_features not in FEATURE_LAYERS:
@@ -174,8 +178,7 @@ class InceptionFeatures(nn.Module):
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise TypeError(f"expected uint8 pictures (N, 3, H, W), got {images.dtype} of shape {tuple(images.shape)}")
+        require_uint8_pictures(images)
         device = self.Conv2d_1a_3x3.conv.weight.device
         with exact_float32(), torch.autocast(device.type, enabled=False):
             x = (resize_like_tensorflow(images.to(device).float(), INPUT_SIZE) - 128) / 128
@@ -188,6 +191,12 @@ class InceptionFeatures(nn.Module):
                 if name == last:
                     break
             return x.mean(dim=(2, 3))
+
+
+def require_uint8_pictures(images: torch.Tensor) -> None:
+    """Raise TypeError for anything but uint8 (N, 3, H, W): floats would have been scaled by an unknown rule."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise TypeError(f"expected uint8 pictures (N, 3, H, W), got {images.dtype} of shape {tuple(images.shape)}")
 
 
 def resize_like_tensorflow(images: torch.Tensor, size: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ import torch
 from dcngen.data import ImageSet
 from dcngen.data.files import atomic_file
 from dcngen.evaluation.charts import Series, interval_chart, line_chart
-from dcngen.evaluation.comparison import FLOORS, Arm, Comparison
-from dcngen.evaluation.fid import Scores
+from dcngen.evaluation.comparison import Arm, Comparison, floor_label
+from dcngen.evaluation.scores import Scores
 from dcngen.evaluation.statistics import Z95
 
 PANEL_COLUMNS = 8
@@ -36,10 +36,20 @@ def write_report(comparison: Comparison, path: str | Path) -> tuple[Path, Path]:
 
 def terminal_table(comparison: Comparison) -> str:
     """The comparison as text: a row a run, the floors, the verdicts, the caveats."""
-    header = ["", "FID", "KID x 1000", "params", "GFLOPs", "train img/s", "train time", "sample img/s"]
+    space = comparison.space
+    header = [
+        "",
+        space.frechet,
+        f"{space.kernel} x 1000",
+        "params",
+        "GFLOPs",
+        "train img/s",
+        "train time",
+        "sample img/s",
+    ]
     rows = [[cell.replace("&plusmn;", "+-") for cell in _cells(arm)] for arm in comparison.arms]
     for name, scores in comparison.floors.items():
-        rows.append([FLOORS[name], f"{scores.fid:.2f}", f"{1000 * scores.kid:.2f}", *[""] * 5])
+        rows.append([floor_label(name, space), f"{scores.frechet:.2f}", f"{1000 * scores.kernel:.2f}", *[""] * 5])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -63,8 +73,8 @@ def _cells(arm: Arm) -> list[str]:
     training = arm.run.training
     return [
         arm.run.name,
-        _with_error(arm.scores.fid, arm.scores.fid_error, 2),
-        _with_error(1000 * arm.scores.kid, 1000 * arm.scores.kid_error, 2),
+        _with_error(arm.scores.frechet, arm.scores.frechet_error, 2),
+        _with_error(1000 * arm.scores.kernel, 1000 * arm.scores.kernel_error, 2),
         f"{arm.num_parameters / 1e6:.2f} M",
         f"{arm.flops / 1e9:.3f}" if arm.flops else "-",
         f"{training['images_per_second']:.1f}" if training["images_per_second"] else "-",
@@ -118,13 +128,14 @@ def _heading(comparison: Comparison, names: str) -> str:
 
 def _verdict_box(comparison: Comparison):
     def box(arm: Arm) -> str:
-        v = arm.verdict
-        low, high = v.fid_interval
-        kid, kid_low, kid_high = (1000 * value for value in (v.kid_difference, *v.kid_interval))
+        v, space = arm.verdict, comparison.space
+        low, high = v.frechet_interval
+        kernel, kernel_low, kernel_high = (1000 * value for value in (v.kernel_difference, *v.kernel_interval))
         return (
             f'<div class="verdict {v.outcome}"><b>{escape(arm.run.name)}: {v.outcome}</b><span>{escape(v.reason)}.<br>'
-            f"FID difference {v.fid_difference:+.2f} (95&nbsp;%: {low:+.2f} to {high:+.2f}), "
-            f"KID&nbsp;&times;&nbsp;1000 difference {kid:+.2f} ({kid_low:+.2f} to {kid_high:+.2f}), "
+            f"{space.frechet} difference {v.frechet_difference:+.2f} (95&nbsp;%: {low:+.2f} to {high:+.2f}), "
+            f"{space.kernel}&nbsp;&times;&nbsp;1000 difference {kernel:+.2f} "
+            f"({kernel_low:+.2f} to {kernel_high:+.2f}), "
             f"paired by seed; baseline is {escape(comparison.arms[0].run.name)}.</span></div>"
         )
 
@@ -132,11 +143,12 @@ def _verdict_box(comparison: Comparison):
 
 
 def _score_section(comparison: Comparison) -> str:
+    space = comparison.space
     columns = [
         "",
-        "FID",
-        "KID &times; 1000",
-        "FID<sub>&infin;</sub>",
+        space.frechet,
+        f"{space.kernel} &times; 1000",
+        f"{space.frechet}<sub>&infin;</sub>",
         "U-Net",
         "GFLOPs",
         "training",
@@ -145,15 +157,16 @@ def _score_section(comparison: Comparison) -> str:
     ]
     rows = []
     for index, arm in enumerate(comparison.arms):
-        name, fid, kid, parameters, flops, rate, duration, sampling = _cells(arm)
+        name, frechet, kernel, parameters, flops, rate, duration, sampling = _cells(arm)
         seen = arm.run.training["num_images_seen"]
         trained = duration + (f"<br><small>{seen:,} pictures</small>" if seen else "")
         key = f'<span class="key arm{index % 4}"></span>'
         speeds = [_unit(rate, "img/s"), trained, _unit(sampling, "img/s")]
-        rows.append([key + escape(name), fid, kid, _infinity(arm.scores), parameters, flops, *speeds])
+        rows.append([key + escape(name), frechet, kernel, _infinity(arm.scores), parameters, flops, *speeds])
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     for name, scores in comparison.floors.items():
-        cells = [f'<span class="key floor"></span>{FLOORS[name]}', f"{scores.fid:.2f}", f"{1000 * scores.kid:.2f}"]
+        label = f'<span class="key floor"></span>{floor_label(name, space)}'
+        cells = [label, f"{scores.frechet:.2f}", f"{1000 * scores.kernel:.2f}"]
         body += '<tr class="floor">' + "".join(f"<td>{cell}</td>" for cell in [*cells, *[""] * 6]) + "</tr>"
     head = "".join(f"<th>{column}</th>" for column in columns)
     notes = "".join(f"<li>{escape(text)}</li>" for text in comparison.warnings + comparison.arms[0].scores.notes)
@@ -166,7 +179,7 @@ def _score_section(comparison: Comparison) -> str:
 
 
 def _infinity(scores: Scores) -> str:
-    return f"{scores.fid_infinity:.2f}" if scores.fid_infinity is not None else "<small>needs 2,048</small>"
+    return f"{scores.frechet_infinity:.2f}" if scores.frechet_infinity is not None else "<small>needs 2,048</small>"
 
 
 def _unit(text: str, unit: str) -> str:
@@ -174,21 +187,22 @@ def _unit(text: str, unit: str) -> str:
 
 
 def _curve_section(comparison: Comparison) -> str:
+    space = comparison.space
     series = []
     for index, arm in enumerate(comparison.arms):
         points = [m for m in arm.run.metrics if {"loss", "num_images_seen"} <= m.keys()]
         x, y = (np.array([m[name] for m in points], dtype=float) for name in ("num_images_seen", "loss"))
         series.append(Series(arm.run.name, x, y, f"arm{index % 4}"))
     rows = [
-        (arm.run.name, arm.scores.fid, Z95 * arm.scores.fid_error, f"arm{index % 4}")
+        (arm.run.name, arm.scores.frechet, Z95 * arm.scores.frechet_error, f"arm{index % 4}")
         for index, arm in enumerate(comparison.arms)
     ]
-    rows += [(FLOORS[name], scores.fid, 0.0, "floor") for name, scores in comparison.floors.items()]
+    rows += [(floor_label(name, space), scores.frechet, 0.0, "floor") for name, scores in comparison.floors.items()]
     loss = line_chart(series, "pictures seen", "training loss")
-    charts = [f"<figure>{interval_chart(rows, 'FID, with 95 % interval')}</figure>"]
+    charts = [f"<figure>{interval_chart(rows, f'{space.frechet}, with 95 % interval')}</figure>"]
     if loss:
         charts.append(f"<figure>{loss}</figure>")
-    return f"<h2>FID and training loss</h2><div class=charts>{''.join(charts)}</div>"
+    return f"<h2>{space.frechet} and training loss</h2><div class=charts>{''.join(charts)}</div>"
 
 
 def _picture_section(comparison: Comparison) -> str:
@@ -254,15 +268,15 @@ def _difference_section(comparison: Comparison) -> str:
 
 
 def _provenance_section(comparison: Comparison) -> str:
-    data = comparison.to_dict()
+    data, space = comparison.to_dict(), comparison.space
     reference = data["reference"]
     facts = {
         "plan": json.dumps(data["plan"]),
         "plan digest": data["plan_digest"],
         "reference": f"{reference['name']} ({reference['split']}), digest {reference['digest']}",
         "credit": comparison.reference.provenance,
-        "Inception weights": f"{data['inception_weights']['digest']} from {data['inception_weights']['origin']}",
-        "resize for Inception": "TensorFlow 1 bilinear to 299, no antialiasing, from uint8",
+        f"{space.network} weights": f"{comparison.weights_digest} from {comparison.weights_origin}",
+        f"resize for {space.network}": space.resize,
         "trained on": ", ".join(dict.fromkeys(str(a.run.training["device_name"] or "-") for a in comparison.arms)),
         "measured on": comparison.device,
         "versions": ", ".join(f"{name} {version}" for name, version in comparison.versions.items()),

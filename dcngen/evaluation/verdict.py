@@ -3,14 +3,16 @@
 Both are sampled under one plan, so picture i of either comes from the same seed and label, and leaving out the same
 group of seeds on both sides gives paired values whose difference has a far smaller error than each alone. What that
 error does not cover is training itself: a second training run with another seed moves FID about three times more than
-resampling its pictures does, so that gaps below about 1.3 % stay undecided however many pictures are drawn.
+resampling its pictures does, so that gaps below about 1.3 % stay undecided however many pictures are drawn. (The figure
+was measured for FID; it serves the other feature spaces for want of their own.)
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from dcngen.evaluation.fid import Scores
+from dcngen.evaluation.scores import Scores
+from dcngen.evaluation.spaces import FeatureSpace
 from dcngen.evaluation.statistics import Z95, jackknife_error
 
 RETRAINING_SPREAD = 0.013  # relative
@@ -23,18 +25,18 @@ class Verdict:
     Attributes:
         outcome: ``better``, ``worse`` or ``inconclusive``.
         reason: one or two sentences.
-        fid_difference, fid_interval: and its 95 % interval over seeds.
-        fid_relative: the difference as a fraction of the baseline's FID.
-        kid_difference, kid_interval: the same for KID.
+        frechet_difference, frechet_interval: and its 95 % interval over seeds.
+        frechet_relative: the difference as a fraction of the baseline's distance.
+        kernel_difference, kernel_interval: the same for the kernel distance.
     """
 
     outcome: str
     reason: str
-    fid_difference: float
-    fid_interval: tuple[float, float]
-    fid_relative: float
-    kid_difference: float
-    kid_interval: tuple[float, float]
+    frechet_difference: float
+    frechet_interval: tuple[float, float]
+    frechet_relative: float
+    kernel_difference: float
+    kernel_interval: tuple[float, float]
 
 
 def paired_interval(difference: float, first: list[float], second: list[float]) -> tuple[float, float]:
@@ -45,32 +47,37 @@ def paired_interval(difference: float, first: list[float], second: list[float]) 
 
 def judge(baseline: Scores, candidate: Scores) -> Verdict:
     """Judge a candidate against a baseline scored under the same plan and reference."""
-    fid = candidate.fid - baseline.fid
-    kid = candidate.kid - baseline.kid
-    fid_interval = paired_interval(fid, baseline.fid_without, candidate.fid_without)
-    kid_interval = paired_interval(kid, baseline.kid_without, candidate.kid_without)
-    relative = fid / baseline.fid
-    outcome, reason = _decide(fid_interval, kid_interval, relative, baseline.is_biased or candidate.is_biased)
-    return Verdict(outcome, reason, fid, fid_interval, relative, kid, kid_interval)
+    frechet = candidate.frechet - baseline.frechet
+    kernel = candidate.kernel - baseline.kernel
+    frechet_interval = paired_interval(frechet, baseline.frechet_without, candidate.frechet_without)
+    kernel_interval = paired_interval(kernel, baseline.kernel_without, candidate.kernel_without)
+    relative = frechet / baseline.frechet
+    biased = baseline.is_biased or candidate.is_biased
+    outcome, reason = _decide(baseline.space, frechet_interval, kernel_interval, relative, biased)
+    return Verdict(outcome, reason, frechet, frechet_interval, relative, kernel, kernel_interval)
 
 
-def _decide(fid_interval, kid_interval, relative: float, biased: bool) -> tuple[str, str]:
-    fid_sign, kid_sign = _sign(fid_interval), _sign(kid_interval)
-    gap = f"FID is {abs(relative):.1%} {'lower' if relative < 0 else 'higher'}"
-    if fid_sign == 0:
+def _decide(space: FeatureSpace, frechet_interval, kernel_interval, relative: float, biased: bool) -> tuple[str, str]:
+    frechet_sign, kernel_sign = _sign(frechet_interval), _sign(kernel_interval)
+    gap = f"{space.frechet} is {abs(relative):.1%} {'lower' if relative < 0 else 'higher'}"
+    if frechet_sign == 0:
         return "inconclusive", f"{gap}, but the 95 % interval of the difference includes 0: draw more pictures"
     if abs(relative) < RETRAINING_SPREAD:
         return "inconclusive", (
-            f"{gap}, less than the {RETRAINING_SPREAD:.1%} by which training again with another seed moves it"
+            f"{gap}, less than the {RETRAINING_SPREAD:.1%} by which training again with another seed moves FID"
         )
-    if kid_sign == -fid_sign:
-        return "inconclusive", f"{gap}, but KID says the opposite, also beyond its error"
-    if biased and kid_sign == 0:
+    if kernel_sign == -frechet_sign:
+        return "inconclusive", f"{gap}, but {space.kernel} says the opposite, also beyond its error"
+    if biased and kernel_sign == 0:
         return "inconclusive", (
-            f"{gap}, but FID is biased at this number of pictures and KID's 95 % interval includes 0: draw more"
+            f"{gap}, but {space.frechet} is biased at this number of pictures and the 95 % interval of "
+            f"{space.kernel} includes 0: draw more"
         )
-    agreement = "and KID agrees" if kid_sign == fid_sign else "while the interval of KID's difference includes 0"
-    return ("better" if fid_sign < 0 else "worse"), (
+    agrees = kernel_sign == frechet_sign
+    agreement = (
+        f"and {space.kernel} agrees" if agrees else f"while the interval of {space.kernel}'s difference includes 0"
+    )
+    return ("better" if frechet_sign < 0 else "worse"), (
         f"{gap}, beyond the 95 % interval over seeds, {agreement}. This is one training run a side: repeat with "
         f"other training seeds before calling it general"
     )

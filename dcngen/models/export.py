@@ -46,9 +46,9 @@ from __future__ import annotations
 
 OPERATOR = """
 try:
-    from dcngen.ops import dcnv4
+    from dcngen.ops import dcnv4, dcnv4_packed
 except ModuleNotFoundError:
-    dcnv4 = dcnv4_reference
+    dcnv4, dcnv4_packed = dcnv4_reference, dcnv4_packed_reference
 """
 
 

@@ -6,8 +6,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dcngen.ops import dcnv4, offset_mask_channels
+from dcngen.ops import dcnv4, dcnv4_packed, offset_mask_channels
 from dcngen.ops.geometry import make_geometry
+
+
+def _padded_width(channels: int) -> int:
+    """What the width of the fused product is rounded up to.
+
+    torch.compile pads the rows of tensors wider than 1024 to 128 bytes, and would copy the others where they meet the
+    operator; narrower rows keep the 8 channels that the kernels' 16-byte accesses need.
+    """
+    multiple = 64 if channels > 1024 else 8
+    return -(-channels // multiple) * multiple
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class DCNv4(nn.Module):
@@ -37,8 +54,8 @@ class DCNv4(nn.Module):
             mean over its window.
         center_mask_init: that of the middle tap, where it differs; None for `mask_init`. With 1, and the rest 0, the
             operator starts as the identity and the module as its two projections.
-        fuse_projections: compute value_proj and offset_mask as one matrix product where nothing stands between the
-            input and both (same function, same state dict); see `can_fuse_projections`.
+        fuse_projections: compute value_proj and offset_mask as one matrix product, and their gradients as one, where
+            nothing stands between the input and both (same function, same state dict); see `can_fuse_projections`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of its range.
@@ -62,7 +79,7 @@ class DCNv4(nn.Module):
         in_channels: int | None = None,
         mask_init: float = 0.0,
         center_mask_init: float | None = None,
-        fuse_projections: bool = False,
+        fuse_projections: bool = True,
     ):
         super().__init__()
         in_channels = channels if in_channels is None else in_channels
@@ -139,19 +156,13 @@ class DCNv4(nn.Module):
                 f"input: expected {self.in_channels} channels in the last dimension, got shape {tuple(input.shape)}; "
                 "channels come last, use .permute(0, 2, 3, 1) on NCHW tensors"
             )
-        value, offset_mask = self._project(x)
-        geometry = self.geometry
-        y = dcnv4(
-            value,
-            offset_mask,
-            kernel_size=geometry.kernel_size,
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-            offset_scale=geometry.offset_scale,
-            remove_center=geometry.remove_center,
-        )
+        if self.fuse_projections and self.can_fuse_projections():
+            packed = self._project_at_once(x)
+            y = dcnv4_packed(packed, channels=self.channels, **self.geometry._asdict())
+            value = packed[..., : self.channels]
+        else:
+            value, offset_mask = self._project(x)
+            y = dcnv4(value, offset_mask, **self.geometry._asdict())
         if self.center_feature_scale:
             y = self._mix_center(y, value)
         if not self.without_pointwise:
@@ -166,7 +177,8 @@ class DCNv4(nn.Module):
         """Whether value and offset_mask are plain products of one input.
 
         Not with a depthwise convolution, without projections, where the output's positions are not the input's, or
-        where a projection has been replaced or wrapped (an adapter, a quantised layer), whose own forward must run.
+        where a projection has been replaced, wrapped or hooked (an adapter, a quantised layer), whose own forward must
+        run.
         """
         return (
             self.offset_mask_dw is None
@@ -174,17 +186,20 @@ class DCNv4(nn.Module):
             and self._keeps_positions()
             and type(self.value_proj) is nn.Linear
             and type(self.offset_mask) is nn.Linear
+            and not any(_has_hooks(projection) for projection in (self.value_proj, self.offset_mask))
         )
+
+    def _project_at_once(self, x: torch.Tensor) -> torch.Tensor:
+        """value, offset_mask and padding of x (N, H, W, in_channels), side by side, as one matrix product."""
+        weights, biases = zip(*((p.weight, p.bias) for p in (self.value_proj, self.offset_mask)), strict=True)
+        width = sum(len(bias) for bias in biases)
+        if padding := _padded_width(width) - width:
+            weights = (*weights, weights[0].new_zeros(padding, self.in_channels))
+            biases = (*biases, biases[0].new_zeros(padding))
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """value (N, H, W, channels) and offset_mask (N, H_out, W_out, P) of x (N, H, W, in_channels)."""
-        if self.fuse_projections and self.can_fuse_projections():
-            weight = torch.cat((self.value_proj.weight, self.offset_mask.weight))
-            bias = torch.cat((self.value_proj.bias, self.offset_mask.bias))
-            # Slices of one buffer: the operator reads them by their pixel stride. `split` rather than two index
-            # expressions, because its backward is one concatenation and not two padded copies and a sum.
-            value, offset_mask = F.linear(x, weight, bias).split((self.channels, self.offset_mask.out_features), -1)
-            return value, offset_mask
         value = x if self.without_pointwise else self.value_proj(x)
         if self.offset_mask_dw is not None:
             x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

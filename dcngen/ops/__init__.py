@@ -4,7 +4,8 @@ from .backends import FallbackWarning, backend, current_backend
 from .dcnv4 import dcnv4
 from .geometry import offset_mask_channels
 from .native import NativeLibraryError
-from .reference import dcnv4_reference
+from .packed import dcnv4_packed
+from .reference import dcnv4_packed_reference, dcnv4_reference
 
 __all__ = [
     "FallbackWarning",
@@ -12,6 +13,8 @@ __all__ = [
     "backend",
     "current_backend",
     "dcnv4",
+    "dcnv4_packed",
+    "dcnv4_packed_reference",
     "dcnv4_reference",
     "offset_mask_channels",
 ]

@@ -13,23 +13,23 @@ from . import launch
 from .geometry import as_pair, check_tensors
 from .reference import reference_forward
 
-_SCALARS = (
+SCALARS = (
     "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
     "int groups, float offset_scale, bool remove_center, bool softmax"
 )
 
-_library = torch.library.Library("dcngen", "DEF")
-_library.define(f"dcnv4(Tensor input, Tensor offset_mask, {_SCALARS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
-    f"dcnv4_backward(Tensor grad_output, Tensor input, Tensor offset_mask, {_SCALARS}) -> (Tensor, Tensor)",
+library = torch.library.Library("dcngen", "DEF")
+library.define(f"dcnv4(Tensor input, Tensor offset_mask, {SCALARS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    f"dcnv4_backward(Tensor grad_output, Tensor input, Tensor offset_mask, {SCALARS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("dcnv4", launch.forward_cpu, "CPU")
-_library.impl("dcnv4", launch.forward_cuda, "CUDA")
-_library.impl("dcnv4_backward", launch.backward_cpu, "CPU")
-_library.impl("dcnv4_backward", launch.backward_cuda, "CUDA")
+library.impl("dcnv4", launch.forward_cpu, "CPU")
+library.impl("dcnv4", launch.forward_cuda, "CUDA")
+library.impl("dcnv4_backward", launch.backward_cpu, "CPU")
+library.impl("dcnv4_backward", launch.backward_cuda, "CUDA")
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 _forward_op = torch.ops.dcngen.dcnv4.default
 _backward_op = torch.ops.dcngen.dcnv4_backward.default
@@ -81,9 +81,23 @@ def dcnv4(
     for name, tensor in (("input", input), ("offset_mask", offset_mask)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
+    if torch.compiler.is_compiling():
+        return _forward_op(input, offset_mask, *scalars)
+    if needs_reference():
+        return reference_forward(input, offset_mask, launch.geometry_of(scalars))
+    if not is_plain_eager(input, offset_mask):
+        return _forward_op(input, offset_mask, *scalars)
+    if torch.is_grad_enabled() and (input.requires_grad or offset_mask.requires_grad):
+        return _EagerDCNv4.apply(input, offset_mask, scalars)
+    return launch.forward(input, offset_mask, *scalars)
+
+
+def scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax) -> tuple:
+    """The arguments after the tensors, in the order of the schema."""
     if not isinstance(groups, int):
         raise TypeError(f"groups: expected an int, got {groups!r}")
-    scalars = (
+    return (
         *as_pair(kernel_size, "kernel_size"),
         *as_pair(stride, "stride"),
         *as_pair(padding, "padding"),
@@ -93,41 +107,37 @@ def dcnv4(
         bool(remove_center),
         bool(softmax),
     )
-    if torch.compiler.is_compiling():
-        return _forward_op(input, offset_mask, *scalars)
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return reference_forward(input, offset_mask, launch.geometry_of(scalars))
-    if not _is_plain_eager(input, offset_mask):
-        return _forward_op(input, offset_mask, *scalars)
-    if torch.is_grad_enabled() and (input.requires_grad or offset_mask.requires_grad):
-        return _EagerDCNv4.apply(input, offset_mask, scalars)
-    return launch.forward(input, offset_mask, *scalars)
 
 
-def _is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
+def needs_reference() -> bool:
+    """Whether a torch.func transform or a forward-mode derivative is under way, which only plain torch can follow."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
     """Whether the dispatcher has nothing to add: no subclass, mode, autocast, tracer or profiler.
 
     Its way through Python costs about 10 us a call, more than the kernel itself on small maps.
     """
     return (
-        type(input) in _PLAIN_TYPES
-        and type(offset_mask) in _PLAIN_TYPES
+        type(input) in PLAIN_TYPES
+        and type(offset_mask) in PLAIN_TYPES
         and ((input.is_cuda and offset_mask.is_cuda) or (input.is_cpu and offset_mask.is_cpu))
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
-        and not torch.is_autocast_enabled(input.device.type)
+        and not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
         and not (input.is_neg() or offset_mask.is_neg())
     )
 
 
-@torch.library.register_fake("dcngen::dcnv4", lib=_library)
+@torch.library.register_fake("dcngen::dcnv4", lib=library)
 def _forward_fake(input, offset_mask, *scalars):
     height_out, width_out = check_tensors(input, offset_mask, launch.geometry_of(scalars))
     return input.new_empty((input.shape[0], height_out, width_out, input.shape[3]))
 
 
-@torch.library.register_fake("dcngen::dcnv4_backward", lib=_library)
+@torch.library.register_fake("dcngen::dcnv4_backward", lib=library)
 def _backward_fake(grad_output, input, offset_mask, *scalars):
     return input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape)
 
@@ -146,7 +156,7 @@ def _gradients(ctx, grad_output):
     input, offset_mask = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: these gradients must be differentiable themselves
         return _differentiable_backward(grad_output, input, offset_mask, ctx.scalars)
-    if _is_plain_eager(input, offset_mask) and type(grad_output) is torch.Tensor and not grad_output.is_neg():
+    if is_plain_eager(input, offset_mask) and type(grad_output) is torch.Tensor and not grad_output.is_neg():
         return launch.backward(grad_output, input, offset_mask, *ctx.scalars)
     return _backward_op(grad_output, input, offset_mask, *ctx.scalars)
 
@@ -172,7 +182,7 @@ class _EagerDCNv4(torch.autograd.Function):
         return (*_gradients(ctx, grad_output), None)
 
 
-torch.library.register_autograd("dcngen::dcnv4", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("dcngen::dcnv4", _backward, setup_context=_setup_context, lib=library)
 
 
 def _register_autocast(device_type: str, key: str) -> None:
@@ -188,7 +198,7 @@ def _register_autocast(device_type: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
             return _forward_op(input, offset_mask, *scalars)
 
-    _library.impl("dcnv4", autocast, key)
+    library.impl("dcnv4", autocast, key)
 
 
 _register_autocast("cpu", "AutocastCPU")

@@ -176,5 +176,30 @@ def check_tensors(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geom
     return height_out, width_out
 
 
+def split_packed(packed: torch.Tensor, channels: int, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """input (N, H, W, channels) and offset_mask (N, H, W, P), views of packed (N, H, W, channels + P or more).
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: too few channels, or an output of another size than the input, which one tensor cannot hold.
+    """
+    if not isinstance(packed, torch.Tensor):
+        raise TypeError(f"packed: expected a torch.Tensor, got {type(packed).__name__}")
+    used = 3 * geometry.groups * geometry.taps
+    if packed.dim() != 4 or channels < 1 or packed.shape[3] < channels + used:
+        raise ValueError(
+            f"packed: expected (N, H, W, P) with P of at least {channels} + {used} channels (input, then offset_mask), "
+            f"got {_shape(packed)}"
+        )
+    size = tuple(packed.shape[1:3])
+    if geometry.output_size(*size) != size:
+        raise ValueError(
+            f"packed: expected a geometry that keeps the map's size {size}, got {geometry.describe()}, which gives "
+            f"{geometry.output_size(*size)}; use dcnv4 with two tensors"
+        )
+    # With its padding where there is one: the window kernel copies 16 bytes at a time.
+    return packed[..., :channels], packed[..., channels : channels + padded_channels(used)]
+
+
 def _shape(tensor: torch.Tensor) -> str:
     return f"({', '.join(str(n) for n in tensor.shape)})"

@@ -21,6 +21,8 @@ _MAX_PLANS = 4096
 
 _plans: dict[tuple, Plan] = {}
 
+Gradients = tuple[torch.Tensor, torch.Tensor]  # of input and of offset_mask
+
 
 def geometry_of(scalars: tuple) -> Geometry:
     """The operator's arguments after the tensors, in the order of its schema, checked."""
@@ -42,13 +44,14 @@ def forward_cpu(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> tor
 
 
 def backward_cpu(
-    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars, into: Gradients | None = None
+) -> Gradients:
+    """The gradients of input and offset_mask, written to the tensors of `into` where there are some."""
     library = native_library("cpu", input.dtype)
     if library is None:
-        return _backward_reference(grad_output, input, offset_mask, scalars)
-    plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars)
-    grad_input, grad_offset_mask = input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape)
+        return _backward_reference(grad_output, input, offset_mask, scalars, into)
+    plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars, into)
+    grad_input, grad_offset_mask = into or (input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape))
     if library.dcngen_cpu_dcnv4_backward(
         plan.address,
         grad_output.data_ptr(),
@@ -82,14 +85,15 @@ def forward_cuda(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> to
 
 
 def backward_cuda(
-    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars, into: Gradients | None = None
+) -> Gradients:
+    """As backward_cpu; the tensors of `into` begin on 16 bytes."""
     library = native_library("cuda", input.dtype)
     if library is None:
-        return _backward_reference(grad_output, input, offset_mask, scalars)
+        return _backward_reference(grad_output, input, offset_mask, scalars, into)
     grad_output, input, offset_mask = _aligned(grad_output), _aligned(input), _aligned(offset_mask)
-    plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars)
-    grad_input, grad_offset_mask = input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape)
+    plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars, into)
+    grad_input, grad_offset_mask = into or (input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape))
     device = input.get_device()
     if plan.workspace_bytes is None:
         plan.workspace_bytes = library.dcngen_cuda_dcnv4_backward_workspace_size(plan.address)
@@ -117,9 +121,9 @@ def forward(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.T
 
 
 def backward(
-    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (backward_cuda if input.is_cuda else backward_cpu)(grad_output, input, offset_mask, *scalars)
+    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars, into: Gradients | None = None
+) -> Gradients:
+    return (backward_cuda if input.is_cuda else backward_cpu)(grad_output, input, offset_mask, *scalars, into=into)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,7 +136,7 @@ class Plan:
 
     __slots__ = ("address", "copies", "geometry", "output_shape", "params", "workspace_bytes")
 
-    def __init__(self, input, offset_mask, grad_output, scalars: tuple, deterministic: bool):
+    def __init__(self, input, offset_mask, grad_output, scalars: tuple, deterministic: bool, into: Gradients | None):
         self.geometry = geometry_of(scalars)
         height_out, width_out = check_tensors(input, offset_mask, self.geometry)
         self.output_shape = (input.shape[0], height_out, width_out, input.shape[3])
@@ -140,6 +144,10 @@ class Plan:
         self.copies = tuple(stride is None for stride in strides) if None in strides else None
         self.params = _params(input, offset_mask, self.output_shape, self.geometry, strides)
         self.params.deterministic = deterministic
+        if into is not None:
+            self.params.grad_input_pixel_stride = into[0].stride(2)
+            self.params.grad_offset_mask_pixel_stride = into[1].stride(2)
+            self.params.offset_mask_channels = into[1].shape[3]
         self.address = ctypes.addressof(self.params)
         self.workspace_bytes: int | None = None  # asked of the CUDA library at the first backward
 
@@ -184,9 +192,10 @@ def _params(input, offset_mask, output_shape, geometry: Geometry, strides: list[
     )
 
 
-def _prepare(input, offset_mask, grad_output, scalars: tuple):
+def _prepare(input, offset_mask, grad_output, scalars: tuple, into: Gradients | None = None):
     """The plan of this call, and the tensors as the kernels can read them."""
     of_grad = None if grad_output is None else (grad_output.stride(), torch.are_deterministic_algorithms_enabled())
+    of_results = None if into is None else (into[0].stride(2), into[1].stride(2), into[1].shape[3])
     key = (
         input.shape,
         input.stride(),
@@ -197,11 +206,12 @@ def _prepare(input, offset_mask, grad_output, scalars: tuple):
         offset_mask.dtype,
         offset_mask.get_device(),
         of_grad,
+        of_results,
         scalars,
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan(input, offset_mask, grad_output, scalars, of_grad is not None and of_grad[1])
+        plan = Plan(input, offset_mask, grad_output, scalars, of_grad is not None and of_grad[1], into)
         if len(_plans) >= _MAX_PLANS:  # a plan is cheap to make again
             _plans.clear()
         _plans[key] = plan
@@ -231,5 +241,12 @@ def _forward_reference(input: torch.Tensor, offset_mask: torch.Tensor, scalars: 
 
 
 @torch.no_grad()
-def _backward_reference(grad_output, input, offset_mask, scalars: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference_backward(grad_output, input, offset_mask, geometry_of(scalars))
+def _backward_reference(grad_output, input, offset_mask, scalars: tuple, into: Gradients | None) -> Gradients:
+    grads = reference_backward(grad_output, input, offset_mask, geometry_of(scalars))
+    if into is None:
+        return grads
+    into[0].copy_(grads[0])
+    used = grads[1].shape[3]
+    into[1][..., :used].copy_(grads[1])
+    into[1][..., used:].zero_()
+    return into

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .geometry import Geometry, check_tensors, make_geometry
+from .geometry import Geometry, check_tensors, make_geometry, split_packed
 
 
 def dcnv4_reference(
@@ -50,6 +50,12 @@ def dcnv4_reference(
     """
     geometry = make_geometry(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
     return reference_forward(input, offset_mask, geometry)
+
+
+def dcnv4_packed_reference(packed: torch.Tensor, *, channels: int, groups: int, **options) -> torch.Tensor:
+    """`dcnv4_reference` of the two parts of one tensor; see `dcnv4_packed`."""
+    geometry = make_geometry(groups=groups, **options)
+    return reference_forward(*split_packed(packed, channels, geometry), geometry)
 
 
 def reference_forward(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geometry) -> torch.Tensor:

@@ -19,15 +19,14 @@ int check(cudaError_t error, const char* what) {
   return fail(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` current for one call and puts the caller's device back. A thread that has not used the device yet (an
-// autograd worker, say) has no context, and the driver's functions, unlike the runtime's, want one: hence cudaSetDevice
-// also where the device is current already.
+// Makes `device` current for one call and puts the caller's device back. It is set even where it already is the current
+// one: a thread that has launched nothing yet (autograd's, in its first backward) has no context, and the driver's
+// functions, unlike the runtime's, do not make one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     error_ = cudaGetDevice(&previous_);
-    if (error_ != cudaSuccess) return;
-    error_ = cudaSetDevice(device);
+    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
     switched_ = error_ == cudaSuccess && previous_ != device;
   }
   ~DeviceGuard() {

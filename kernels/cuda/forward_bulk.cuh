@@ -1,15 +1,31 @@
-// Tiles by the bulk copy engine of sm_90 and later: one thread asks for a box of a tensor, the engine writes it to
-// shared memory with zeros outside the tensor, and a barrier in shared memory tells the others when it has arrived.
+// What sm_90 and later have. Kernels that follow one another closely (launch in launch.h): the later one's blocks take
+// their places early and wait before they touch memory. Tiles by the bulk copy engine: one thread asks for a box of a
+// tensor, the engine writes it to shared memory with zeros outside the tensor, and a barrier in shared memory tells the
+// others when it has arrived.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace dcngen::window {
 
 // --------------------------------------------------------------------------------------------------------- device side
+
+// The next kernel's blocks may take their places once all of this one's have theirs.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernel before this one in the stream has ended and its results can be read.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
@@ -41,6 +57,25 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, in
 }
 
 // ----------------------------------------------------------------------------------------------------------- host side
+
+// Does something once for every device that calls come from; a call that failed is made again.
+class OncePerDevice {
+ public:
+  template <typename Function>
+  cudaError_t run(Function function) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (done_.load(std::memory_order_acquire) & bit) return cudaSuccess;
+    error = function();
+    if (error == cudaSuccess) done_.fetch_or(bit, std::memory_order_release);
+    return error;
+  }
+
+ private:
+  std::atomic<uint64_t> done_{0};
+};
 
 // A (batch, height, width, channels) tensor of 16-bit values, read in boxes of box_h x box_w pixels x box_channels.
 // `swizzled`: the box is 64 channels wide and its 16-byte chunks are permuted by the pixel's number modulo 8.

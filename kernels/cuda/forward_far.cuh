@@ -1,216 +1,174 @@
-// Far samples of the window forward: those that leave the reach of their stencil are gathered from global memory.
+// Far samples of the window forward: those that leave the reach of their stencil.
 //
-// Where few samples are far, add_far_taps adds them to the sums of the products. A warp with many of them gathers all
-// its samples instead (gather_taps): one path whose cost does not depend on the offsets.
+// Where a unit (16 pixels of one group) has few of them, their corners are further columns of its product: four samples
+// are sixteen rows of right operand, copied from global memory, and sixteen columns of S, each with one weight. A warp
+// with more leaves its whole result to the gather kernel (forward_gather.cuh) and says so in the output.
 #pragma once
 
 #include "window.cuh"
 
 namespace dcngen::window {
 
-// What gathering needs of the problem; strides in elements.
+// More far samples than this in a unit (of 16 * 9): the warp's pixels are left to the gather kernel.
+constexpr int kMostFar = 24;
+
+// What sampling needs of the problem. Distances in the input are counted in pieces of 16 bytes.
 struct FarContext {
-  int height_in, width_in, width_out, pad_h, pad_w;
-  int64_t input_stride, offset_mask_stride;
+  int height_in, width_in, pad_h, pad_w;
   float scale;
+  uint32_t stride_pieces;             // from pixel to pixel
+  uint32_t pixel_pieces, row_pieces;  // to a corner's neighbours: 0 where the image has one column, one row
+  FarContext() = default;
+  explicit FarContext(const Params& p)
+      : height_in(static_cast<int>(p.height_in)), width_in(static_cast<int>(p.width_in)), pad_h(p.pad_h),
+        pad_w(p.pad_w), scale(p.offset_scale) {
+    stride_pieces = static_cast<uint32_t>(p.input_pixel_stride / (p.dtype == DCNGEN_FLOAT32 ? 4 : 8));
+    pixel_pieces = width_in > 1 ? stride_pieces : 0;
+    row_pieces = height_in > 1 ? static_cast<uint32_t>(width_in) * stride_pieces : 0;
+  }
 };
 
-// The weighted sum of four corners' eight channels, added to `sum`. fp16 blends one sample in pairs of halves, with
-// weights rounded as those of the stencils are; bf16, whose eight bits are too few for that, blends in fp32.
+// A sample's four corners: the upper left one's distance from the image's first value, and weights in row order. The
+// corners are two neighbouring columns and rows inside the image; the hat functions give a corner that the sample does
+// not touch weight 0, so borders need no cases. A place that does not count (NaN too) gets only zeros.
+struct Corners {
+  float weight[4];
+  uint32_t first;
+  bool counts;
+  __device__ __forceinline__ Corners(const FarContext& c, float x, float y, float mask) {
+    float left_weight, right_weight, upper_weight, lower_weight;
+    const float left = first_of_two(x, c.width_in, left_weight, right_weight);
+    const float top = first_of_two(y, c.height_in, upper_weight, lower_weight);
+    counts = left_weight + right_weight > 0.f && upper_weight + lower_weight > 0.f;
+    const float upper = counts ? mask * upper_weight : 0.f, lower = counts ? mask * lower_weight : 0.f;
+    weight[0] = upper * left_weight, weight[1] = upper * right_weight;
+    weight[2] = lower * left_weight, weight[3] = lower * right_weight;
+    const uint32_t pixel = static_cast<uint32_t>(top) * c.width_in + static_cast<uint32_t>(left);
+    first = counts ? pixel * c.stride_pieces : 0;
+  }
+
+ private:
+  // The first of two neighbours inside [0, size) and their weights at coordinate `at`.
+  static __device__ __forceinline__ float first_of_two(float at, int size, float& first, float& second) {
+    const float left = fminf(fmaxf(floorf(at), 0.f), static_cast<float>(max(size - 2, 0)));
+    const float distance = at - left;
+    first = __saturatef(1.f - fabsf(distance));
+    second = size > 1 ? __saturatef(1.f - fabsf(distance - 1.f)) : 0.f;
+    return left;
+  }
+};
+
+// The place of tap k of output pixel (x, y), given its offset.
+__device__ __forceinline__ float place_x(const FarContext& c, int x, int k, float offset) {
+  return static_cast<float>(x + 1 - c.pad_w) + c.scale * (static_cast<float>(k / 3 - 1) + offset);
+}
+__device__ __forceinline__ float place_y(const FarContext& c, int y, int k, float offset) {
+  return static_cast<float>(y + 1 - c.pad_h) + c.scale * (static_cast<float>(k % 3 - 1) + offset);
+}
+
+// Whether a warp leaves its pixels to the gather kernel is written where its result would begin: a NaN that no
+// arithmetic yields, since rounding a NaN to a storage type and every fp32 operation give the canonical one.
 template <typename T>
-struct Blend;
-
+struct LeftMark {
+  using Word = uint16_t;
+  static constexpr Word VALUE = 0x7fa5;
+};
 template <>
-struct Blend<__half> {
-  using Weights = uint4;  // a pair of equal halves a corner
-  static __device__ __forceinline__ Weights weights(float w00, float w01, float w10, float w11) {
-    using D = Dtype<__half>;
-    return {D::pack(w00, w00), D::pack(w01, w01), D::pack(w10, w10), D::pack(w11, w11)};
-  }
-  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
-    uint32_t v;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
-  }
-  static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t v;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
-    return v;
-  }
-  static __device__ __forceinline__ void add(float& low, float& high, const Weights& w, uint32_t v00, uint32_t v01,
-                                             uint32_t v10, uint32_t v11) {
-    uint32_t v = multiply_add(w.y, v01, multiply(w.x, v00));
-    v = multiply_add(w.w, v11, multiply_add(w.z, v10, v));
-    low += Dtype<__half>::low(v);
-    high += Dtype<__half>::high(v);
-  }
+struct LeftMark<float> {
+  using Word = uint32_t;
+  static constexpr Word VALUE = 0x7fa5a5a5u;
 };
 
-template <>
-struct Blend<__nv_bfloat16> {
-  using Weights = uint4;  // bits of a float a corner
-  static __device__ __forceinline__ Weights weights(float w00, float w01, float w10, float w11) {
-    return {__float_as_uint(w00), __float_as_uint(w01), __float_as_uint(w10), __float_as_uint(w11)};
-  }
-  static __device__ __forceinline__ void add(float& low, float& high, const Weights& w, uint32_t v00, uint32_t v01,
-                                             uint32_t v10, uint32_t v11) {
-    const uint32_t weights[4] = {w.x, w.y, w.z, w.w}, values[4] = {v00, v01, v10, v11};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      low = fmaf(__uint_as_float(weights[i]), Dtype<__nv_bfloat16>::low(values[i]), low);
-      high = fmaf(__uint_as_float(weights[i]), Dtype<__nv_bfloat16>::high(values[i]), high);
-    }
-  }
-};
-
-// Sampling places in shared memory: per place four corner weights and one word, the first corner's distance from the
-// image's first value in units of 16 bytes (times 4) with two bits: the second column and row lie one further.
-template <typename T, int ROWS, int SLOTS>
-struct FarPlaces {
-  static constexpr int WORDS_AT = ROWS * SLOTS * 16, BYTES = WORDS_AT + ROWS * SLOTS * 4;
-
-  // Corners outside the image get weight 0 and the address of one inside; a place that does not count gets only zeros.
-  static __device__ __forceinline__ void store(uint32_t to, int place, const FarContext& c, float x, float y,
-                                               float mask) {
-    const bool counts =
-        x > -1.f && y > -1.f && x < static_cast<float>(c.width_in) && y < static_cast<float>(c.height_in);
-    const float floor_x = counts ? floorf(x) : 0.f, floor_y = counts ? floorf(y) : 0.f;
-    const float lx = counts ? x - floor_x : 0.f, ly = counts ? y - floor_y : 0.f;
-    const int x0 = static_cast<int>(floor_x), y0 = static_cast<int>(floor_y);
-    const bool left = x0 >= 0, right = x0 + 1 < c.width_in, top = y0 >= 0, bottom = y0 + 1 < c.height_in;
-    const float weight = counts ? mask : 0.f;
-    const float upper = top ? weight * (1.f - ly) : 0.f, lower = bottom ? weight * ly : 0.f;
-    const uint4 weights = Blend<T>::weights(left ? upper * (1.f - lx) : 0.f, right ? upper * lx : 0.f,
-                                            left ? lower * (1.f - lx) : 0.f, right ? lower * lx : 0.f);
-    const uint32_t pixel = (top ? y0 : 0) * c.width_in + (left ? x0 : 0);
-    store_shared16(to + place * 16, weights.x, weights.y, weights.z, weights.w);
-    store_shared(to + WORDS_AT + place * 4,
-                 pixel * static_cast<uint32_t>(c.input_stride / 8) << 2 | (top && bottom ? 2 : 0) | (left && right));
-  }
-
-  // Adds the sample's eight channels; `image` points to the first of them in the image's first pixel.
-  static __device__ __forceinline__ void gather(float (&sum)[8], uint32_t from, int place, const FarContext& c,
-                                                const T* image) {
-    const uint4 weights = load_shared16(from + place * 16);
-    const uint32_t word = load_shared(from + WORDS_AT + place * 4), first = word >> 2;
-    const uint32_t column = static_cast<uint32_t>(c.input_stride / 8);
-    const uint32_t right = word & 1 ? column : 0, down = word & 2 ? column * c.width_in : 0;
-    const uint4* base = reinterpret_cast<const uint4*>(image);
-    const uint4 v00 = load_global16(base + first), v01 = load_global16(base + (first + right));
-    const uint4 v10 = load_global16(base + (first + down)), v11 = load_global16(base + (first + down + right));
-    Blend<T>::add(sum[0], sum[1], weights, v00.x, v01.x, v10.x, v11.x);
-    Blend<T>::add(sum[2], sum[3], weights, v00.y, v01.y, v10.y, v11.y);
-    Blend<T>::add(sum[4], sum[5], weights, v00.z, v01.z, v10.z, v11.z);
-    Blend<T>::add(sum[6], sum[7], weights, v00.w, v01.w, v10.w, v11.w);
-  }
-};
-
-// Adds the far taps of a unit to its sums. `far` has the taps' bits in the lane that owns the pixel; (oy, ox) is the
-// unit's first pixel. `image_taps` and `image` point to the group's offsets and to the pass' first channel in the
-// image; the offsets are read again, since keeping them would cost every warp the registers. `scratch` is the unit's S.
-template <typename T, int CHUNKS>
-__device__ __forceinline__ void add_far_taps(float (&sums)[CHUNKS][4], const FarContext& c, unsigned far, int unit,
-                                             int oy, int ox, const T* image_taps, const T* image, uint32_t scratch,
-                                             int lane) {
-  // ROWS pixels at a time; a lane computes the places of every LANES-th tap and gathers eight channels of one pixel.
-  constexpr int ROWS = CHUNKS == 4 ? 8 : 16, LANES = 32 / ROWS;
-  constexpr int SLOTS = ROWS == 8 ? kTaps : 5;  // taps whose places are in shared memory at a time
-  using Places = FarPlaces<T, ROWS, SLOTS>;
-  static_assert(Places::BYTES <= StencilMatrix::BYTES && ROWS * CHUNKS * 32 <= StencilMatrix::BYTES, "fits where S is");
-  const int row = lane / CHUNKS % ROWS, chunk = lane % CHUNKS;
-  const bool gathers = lane < ROWS * CHUNKS;
-#pragma unroll 1
-  for (int first_row = 0; first_row < 16; first_row += ROWS) {
-    const int m = first_row + lane / LANES, y = oy + (m >> 2), x = ox + (m & 3);
-    const unsigned far_computed = __shfl_sync(kAllLanes, far, unit * 16 + m);
-    const unsigned far_gathered = __shfl_sync(kAllLanes, far, unit * 16 + first_row + row);
-    const uint16_t* values = reinterpret_cast<const uint16_t*>(
-        image_taps + static_cast<int64_t>(y * c.width_out + x) * c.offset_mask_stride);
-    float sum[8] = {};
-#pragma unroll 1
-    for (int first_tap = 0; first_tap < kTaps; first_tap += SLOTS) {
-      const unsigned computed = far_computed >> first_tap & ((1u << SLOTS) - 1);
-#pragma unroll
-      for (int step = 0; step < (SLOTS + LANES - 1) / LANES; ++step) {
-        const int bit = step * LANES + lane % LANES, k = first_tap + bit;
-        if (!(computed >> bit & 1)) continue;
-        const float at_x = static_cast<float>(x + 1 - c.pad_w) +
-                           c.scale * (static_cast<float>(k / 3 - 1) + Dtype<T>::low(values[2 * k]));
-        const float at_y = static_cast<float>(y + 1 - c.pad_h) +
-                           c.scale * (static_cast<float>(k % 3 - 1) + Dtype<T>::low(values[2 * k + 1]));
-        const int slot = __popc(computed & ((1u << bit) - 1));
-        Places::store(scratch, lane / LANES * SLOTS + slot, c, at_x, at_y, Dtype<T>::low(values[2 * kTaps + k]));
-      }
-      __syncwarp();
-      const int count = gathers ? __popc(far_gathered >> first_tap & ((1u << SLOTS) - 1)) : 0;
-#pragma unroll 1
-      for (int slot = 0; slot < count; ++slot) {
-        Places::gather(sum, scratch, row * SLOTS + slot, c, image + chunk * 8);
-      }
-      __syncwarp();
-    }
-    // From eight channels a lane to the layout of the products, through shared memory.
-    if (gathers) {
-      const uint32_t to = scratch + (row * CHUNKS + chunk) * 32;
-      store_shared16f(to, {sum[0], sum[1], sum[2], sum[3]});
-      store_shared16f(to + 16, {sum[4], sum[5], sum[6], sum[7]});
-    }
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < CHUNKS; ++j) {
-      const uint32_t from = scratch + ((lane >> 2) * CHUNKS + j) * 32 + (lane & 3) * 8;
-      const float2 v = load_shared8f(from);
-      if (ROWS == 16) {
-        const float2 w = load_shared8f(from + 8 * CHUNKS * 32);
-        sums[j][0] += v.x, sums[j][1] += v.y, sums[j][2] += w.x, sums[j][3] += w.y;
-      } else {
-        sums[j][0] += first_row == 0 ? v.x : 0.f, sums[j][1] += first_row == 0 ? v.y : 0.f;
-        sums[j][2] += first_row == 8 ? v.x : 0.f, sums[j][3] += first_row == 8 ? v.y : 0.f;
-      }
-    }
-    __syncwarp();
+// A value of offset_mask in shared memory.
+template <typename T>
+__device__ __forceinline__ float load_value(uint32_t from) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(load_shared(from));
+  } else {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+    return Dtype<T>::low(v);
   }
 }
 
-// The result of 32 (pixel, group) pairs by a gather of all taps. Lane l owns pair l: its offsets are `taps`, its pixel
-// is (oy, ox), `valid` says whether it exists. store(pair, chunk, words) takes eight channels' results; image_of(pair)
-// points to the pair's first channel of CHUNKS chunks in the image. `scratch` holds two matrices S.
-template <typename T, int CHUNKS, typename ImageOf, typename Store>
-__device__ __forceinline__ void gather_taps(const FarContext& c, const Taps& taps, bool valid, int oy, int ox,
-                                            uint32_t scratch, int lane, ImageOf image_of, Store store) {
-  constexpr int SLOTS = 5, PAIRS = 32 / CHUNKS;  // taps whose places are in shared memory at a time; pairs of one pass
-  using Places = FarPlaces<T, 32, SLOTS>;
-  static_assert(Places::BYTES <= 2 * StencilMatrix::BYTES, "the places are written where S is in the other path");
-  const int pair_in_pass = lane / CHUNKS, chunk = lane % CHUNKS;
-  const float base_x = static_cast<float>(ox + 1 - c.pad_w), base_y = static_cast<float>(oy + 1 - c.pad_h);
-  float sum[CHUNKS][8] = {};
+// Few far samples of a task: up to kMostFar records a unit. A record has 16 bytes: weights of the corners as two words,
+// the first corner, and which sample it is (16 * row of S + tap).
+struct FarRecords {
+  static constexpr int UNIT_BYTES = kMostFar * 16, BYTES = 2 * UNIT_BYTES;
+
+  // Lane l owns pair l of the task, `far` has its far taps. The samples are listed first, so that a lane computes one
+  // sample however they lie. place(row, tap, &x, &y, &mask) gives a sample of the lane's own unit.
+  template <typename T, typename Place>
+  static __device__ __forceinline__ void store(uint32_t records, const FarContext& c, unsigned far, int count, int lane,
+                                               Place place) {
+    const uint32_t own = records + (lane >> 4) * UNIT_BYTES;
+    const int row = lane & 15;
+    int before = __popc(far);
 #pragma unroll
-  for (int first_tap = 0; first_tap < kTaps; first_tap += SLOTS) {
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) {
-      const int k = first_tap + slot;
-      if (k >= kTaps) break;
-      const float x = base_x + c.scale * (static_cast<float>(k / 3 - 1) + Dtype<T>::low(taps.word[k]));
-      const float y = base_y + c.scale * (static_cast<float>(k % 3 - 1) + Dtype<T>::high(taps.word[k]));
-      Places::store(scratch, lane * SLOTS + slot, c, x, y, valid ? taps.mask<T>(k) : 0.f);
+    for (int step = 1; step < 16; step *= 2) {
+      const int left = __shfl_up_sync(kAllLanes, before, step, 16);
+      if (row >= step) before += left;
     }
+    uint32_t to = own + (before - __popc(far)) * 16 + 12;
+    for (; far; far &= far - 1, to += 16) store_shared(to, 16 * row + __ffs(far) - 1);
     __syncwarp();
 #pragma unroll
-    for (int pass = 0; pass < CHUNKS; ++pass) {
-      const int pair = pass * PAIRS + pair_in_pass, count = first_tap + SLOTS <= kTaps ? SLOTS : kTaps - first_tap;
-      const T* image = image_of(pair) + chunk * 8;
-#pragma unroll 1
-      for (int slot = 0; slot < count; ++slot) Places::gather(sum[pass], scratch, pair * SLOTS + slot, c, image);
+    for (int slot = row; slot < kMostFar; slot += 16) {
+      if (slot >= count) break;
+      const int sample = static_cast<int>(load_shared(own + slot * 16 + 12));
+      float x, y, mask;
+      place(sample >> 4, sample & 15, x, y, mask);
+      const Corners corners(c, x, y, mask);
+      store_shared(own + slot * 16, Dtype<T>::pack(corners.weight[0], corners.weight[1]));
+      store_shared(own + slot * 16 + 4, Dtype<T>::pack(corners.weight[2], corners.weight[3]));
+      store_shared(own + slot * 16 + 8, corners.first);
     }
     __syncwarp();
   }
+};
+
+// One step of the far product: records 4 * step .. 4 * step + 3 of `count`. `staging` is the unit's S, already in
+// registers; row r of the right operand stands where row r of S stood.
+template <int CHUNKS>
+__device__ __forceinline__ void begin_far_step(const FarContext& c, uint32_t records, int count, int step,
+                                               const void* image, uint32_t staging, int lane) {
 #pragma unroll
-  for (int pass = 0; pass < CHUNKS; ++pass) {
-    const float(&v)[8] = sum[pass];
-    using D = Dtype<T>;
-    store(pass * PAIRS + pair_in_pass, chunk,
-          make_uint4(D::pack(v[0], v[1]), D::pack(v[2], v[3]), D::pack(v[4], v[5]), D::pack(v[6], v[7])));
+  for (int item = lane; item < 16 * CHUNKS; item += 32) {
+    const int row = item / CHUNKS, chunk = item % CHUNKS, t = step * 4 + row / 4;
+    const bool valid = t < count;
+    const uint32_t first = valid ? load_shared(records + t * 16 + 8) : 0;
+    const uint32_t corner = first + (row & 1 ? c.pixel_pieces : 0) + (row & 2 ? c.row_pieces : 0);
+    copy_async16(staging + row * StencilMatrix::PITCH + chunk * 16, static_cast<const uint4*>(image) + corner + chunk,
+                 valid);
   }
+  copy_commit();
+}
+template <typename T, int CHUNKS>
+__device__ __forceinline__ void finish_far_step(float (&sums)[CHUNKS][4], uint32_t records, int count, int step,
+                                                uint32_t staging, int lane) {
+  const int row = lane >> 2;
+  uint32_t a[4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int t = step * 4 + half * 2 + (lane >> 1 & 1);
+    const uint32_t record = records + t * 16;
+    const uint32_t weights = t < count ? load_shared(record + (lane & 1) * 4) : 0;
+    const int pixel = t < count ? static_cast<int>(load_shared(record + 12)) >> 4 : 0;
+    a[2 * half] = pixel == row ? weights : 0;
+    a[2 * half + 1] = pixel == row + 8 ? weights : 0;
+  }
+  copy_wait<0>();
+  __syncwarp();
+  const int r = lane & 7, i = lane >> 3;
+#pragma unroll
+  for (int j = 0; j < CHUNKS; j += 2) {
+    uint32_t b[4];
+    load_matrices_transposed(
+        b, staging + ((i & 1) * 8 + r) * StencilMatrix::PITCH + (CHUNKS == 1 ? 0 : j + (i >> 1)) * 16);
+    Dtype<T>::mma(sums[j], a, b[0], b[1]);
+    if (CHUNKS > 1) Dtype<T>::mma(sums[CHUNKS > 1 ? j + 1 : 0], a, b[2], b[3]);
+  }
+  __syncwarp();
 }
 
 }  // namespace dcngen::window

@@ -1,4 +1,6 @@
 // Whether the window forward applies, and its launch.
+#include <atomic>
+
 #include "forward_window.cuh"
 
 namespace dcngen {
@@ -14,6 +16,23 @@ int64_t most_blocks(const Params& p) {
 
 }  // namespace
 
+window::DeviceLimits window::device_limits() {
+  constexpr int kDevices = 64;
+  static std::atomic<uint64_t> known[kDevices];  // 0: not asked yet; shared memory in the upper half
+  int device = 0, count = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return {1, 48 * 1024};
+  uint64_t both = device < kDevices ? known[device].load() : 0;
+  if (both == 0) {
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+      return {1, 48 * 1024};
+    }
+    both = static_cast<uint64_t>(bytes) << 32 | static_cast<uint32_t>(count);
+    if (device < kDevices) known[device] = both;
+  }
+  return {static_cast<int>(both & 0xffffffffu), static_cast<int>(both >> 32)};
+}
+
 bool forward_window_applies(const Params& p) {
   const bool plain_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
                          p.dilation_h == 1 && p.dilation_w == 1 && !p.remove_center && !p.softmax;
@@ -23,9 +42,10 @@ bool forward_window_applies(const Params& p) {
                        p.offset_mask_pixel_stride % values == 0 && p.output_pixel_stride % values == 0 &&
                        p.offset_mask_channels % values == 0 &&
                        p.offset_mask_channels >= window::kGroupValues * p.groups;
-  // Far samples address an image in 30 bits of 16 bytes.
-  const bool addressable = p.height_in * p.width_in * (p.input_pixel_stride / 8) < int64_t{1} << 30;
-  return plain_3x3 && vectors && addressable && most_blocks(p) < int64_t{1} << 31;
+  // Far samples address an image in 32 bits of 16 bytes.
+  const bool addressable = p.height_in * p.width_in * (p.input_pixel_stride / values) < int64_t{1} << 32;
+  // A block is at most four units of the gather kernel.
+  return plain_3x3 && vectors && addressable && 4 * most_blocks(p) < int64_t{1} << 31;
 }
 
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream) {

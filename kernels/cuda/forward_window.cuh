@@ -2,11 +2,13 @@
 //
 // A warp owns 32 (pixel, group) pairs at a time, one a lane: two units of a 4x4 pixel block and one group. Each lane
 // turns its offsets and masks into a row of its unit's matrix S while the input tile is still arriving; then the warp
-// multiplies S by the window. Far samples are left out of S and gathered into the fp32 sums afterwards.
+// multiplies S by the window. Far samples are left out of S; where a warp has few of them their corners become further
+// columns of its products, else its pixels are left to the gather kernel, which is launched after this one.
 #pragma once
 
 #include "forward_bulk.cuh"
 #include "forward_far.cuh"
+#include "forward_gather.cuh"
 #include "window.cuh"
 
 namespace dcngen::window {
@@ -22,6 +24,7 @@ struct ForwardWindow {
   int height_in, width_in, height_out, width_out, pad_h, pad_w;
   int slices, channels, offset_mask_bytes;
   OffsetScale scale;
+  FarContext far;
   FastDivide slices_per_group, chunks, tiles_x, tiles_y;
 };
 
@@ -47,13 +50,14 @@ struct ForwardShape {
   // A warp reads its offsets and masks before it writes S, so the two share memory.
   static constexpr int TAPS_BYTES = 16 * Span::PITCH;  // of a pixel block
   static constexpr int STENCIL_BYTES = 2 * StencilMatrix::BYTES;
-  static constexpr int WARP_BYTES =
+  static constexpr int RECORDS_AT =
       WARP_PIXEL_BLOCKS * TAPS_BYTES > STENCIL_BYTES ? WARP_PIXEL_BLOCKS * TAPS_BYTES : STENCIL_BYTES;
+  static constexpr int WARP_BYTES = RECORDS_AT + WARP_TASKS * FarRecords::BYTES;
   static constexpr int BARRIERS_AT = Tile::BYTES + WARPS * WARP_BYTES;  // one of the input tile, one of each warp
   static constexpr int BYTES = BARRIERS_AT + (WARPS + 1) * 8;
   static_assert(TAPS_BYTES % 128 == 0 && WARP_BYTES % 128 == 0, "the copy engine writes to multiples of 128 bytes");
   // Blocks a multiprocessor should hold: what shared memory allows, but with registers enough that nothing spills.
-  static constexpr int REGISTERS = WARP_TASKS > 1 ? 128 : 96;
+  static constexpr int REGISTERS = BULK || WARP_TASKS == 1 ? 96 : 128;
   static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (REGISTERS * THREADS);
   static constexpr int MIN_BLOCKS = BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
 
@@ -68,13 +72,6 @@ struct ForwardShape {
     return (m * PASS_CHUNKS + (chunk ^ (m * PASS_CHUNKS / 8 % PASS_CHUNKS))) * 16;
   }
 };
-
-// A warp with more far taps than this (of 32 * 9) gathers all its taps.
-constexpr int kManyFarTaps = 32;
-
-__device__ __forceinline__ FarContext far_context(const ForwardWindow& p) {
-  return {p.height_in, p.width_in, p.width_out, p.pad_h, p.pad_w, p.input_stride, p.offset_mask_stride, p.scale.scale};
-}
 
 // Where a thread's block lies, and a pixel of it in the output.
 struct OutputTile {
@@ -216,6 +213,8 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
   const uint32_t tile = smem_address(shared_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
   const OutputTile at = locate_tile<Shape>(p);
+  let_next_kernel_begin();
+  wait_for_previous_kernel();
 
   // Computed where needed: only copies by threads and far samples use them.
   auto image = [&] {
@@ -240,61 +239,82 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   const int first_value = static_cast<int>(p.slices_per_group.divide(first_slice)) * kGroupValues & ~7;
   begin_copies<T, Shape>(p, at, tile, own, thread, image, image_taps, first_block, first_value);
   wait_for_taps<Shape>(tile, warp);
+  // The 27 values of row 0 of the lane's unit in shared memory.
+  auto unit_values = [&](int task) {
+    const int group = static_cast<int>(p.slices_per_group.divide(lane_slice(task)));
+    return own + (Shape::SLICES == 1 ? unit_of_lane * 16 : 0) * Shape::Span::PITCH +
+           (group * kGroupValues - first_value) * 2;
+  };
   Taps all_taps[Shape::WARP_TASKS];
 #pragma unroll
   for (int task = 0; task < Shape::WARP_TASKS; ++task) {
-    const int group = static_cast<int>(p.slices_per_group.divide(lane_slice(task)));
-    all_taps[task] = load_taps(own + (Shape::SLICES == 1 ? lane : m) * Shape::Span::PITCH +
-                               (group * kGroupValues - first_value) * 2);
+    all_taps[task] = load_taps(unit_values(task) + m * Shape::Span::PITCH);
+  }
+
+  // Far samples of the lane, and of each unit (16 bits a unit).
+  unsigned far[Shape::WARP_TASKS], unit_far[Shape::WARP_TASKS];
+  bool many_far = false;
+#pragma unroll
+  for (int task = 0; task < Shape::WARP_TASKS; ++task) {
+    far[task] = unit_far[task] = 0;
+    if (!__any_sync(kAllLanes, may_be_far<T>(all_taps[task], p.scale))) continue;
+    far[task] = far_taps<T>(all_taps[task], p.scale);
+    if (lane_slice(task) >= p.slices || pixel_of(lane_block, m) < 0) far[task] = 0;
+    unit_far[task] = __reduce_add_sync(kAllLanes, __popc(far[task]) << 16 * unit_of_lane);
+    many_far |= (unit_far[task] & 0xffff) > kMostFar || unit_far[task] >> 16 > kMostFar;
+  }
+  if (many_far) {
+    if (lane < Shape::WARP_PIXEL_BLOCKS && first_slice < p.slices) {
+      const int pixel = pixel_of(first_block + lane, 0);
+      T* to = output + pixel * p.output_stride + first_slice * Shape::CHANNELS;
+      if (pixel >= 0) *reinterpret_cast<typename LeftMark<T>::Word*>(to) = LeftMark<T>::VALUE;
+    }
+    wait_for_input<Shape>(tile);  // the block must not end while it arrives
+    return;
+  }
+
+#pragma unroll
+  for (int task = 0; task < Shape::WARP_TASKS; ++task) {
+    if (unit_far[task] == 0) continue;
+    const uint32_t values = unit_values(task);
+    FarRecords::store<T>(own + Shape::RECORDS_AT + task * FarRecords::BYTES, p.far, far[task],
+                         static_cast<int>(unit_far[task] >> 16 * unit_of_lane & 0xffff), lane,
+                         [&](int row, int k, float& x, float& y, float& mask) {
+                           const uint32_t from = values + row * Shape::Span::PITCH;
+                           x = place_x(p.far, at.x0 + Shape::block_x(lane_block) + (row & 3), k,
+                                       load_value<T>(from + 4 * k));
+                           y = place_y(p.far, at.y0 + Shape::block_y(lane_block) + (row >> 2), k,
+                                       load_value<T>(from + 4 * k + 2));
+                           mask = load_value<T>(from + (2 * kTaps + k) * 2);
+                         });
   }
   __syncwarp();
 
 #pragma unroll
   for (int task = 0; task < Shape::WARP_TASKS; ++task) {
     const Taps& taps = all_taps[task];
-    unsigned far = 0;
-    bool gather_all = false;
+    const bool any_far = unit_far[task] != 0;
     {
       float stencil[5][5];
-      if (__any_sync(kAllLanes, may_be_far<T>(taps, p.scale))) {
-        far = far_taps<T>(taps, p.scale);
-        if (lane_slice(task) >= p.slices || pixel_of(lane_block, m) < 0) far = 0;
-        gather_all = __reduce_add_sync(kAllLanes, __popc(far)) > kManyFarTaps;
-        if (!gather_all) stencil_weights<T, true>(stencil, taps, p.scale, far);
+      if (any_far) {
+        stencil_weights<T, true>(stencil, taps, p.scale, far[task]);
       } else {
         stencil_weights<T>(stencil, taps, p.scale);
       }
-      if (!gather_all) StencilMatrix::store_row<T>(own + unit_of_lane * StencilMatrix::BYTES, m, stencil);
+      StencilMatrix::store_row<T>(own + unit_of_lane * StencilMatrix::BYTES, m, stencil);
     }
     if (task == 0) wait_for_input<Shape>(tile);  // also where unused: the block must not end while it arrives
     __syncwarp();
-    if (gather_all) {
-      auto block_of = [&](int pair) { return first_block + (Shape::SLICES == 1 ? pair >> 4 : 0); };
-      auto slice_of = [&](int pair) { return first_slice + (Shape::SLICES == 1 ? 0 : 2 * task + (pair >> 4)); };
-#pragma unroll 1
-      for (int pass = 0; pass < Shape::PASSES; ++pass) {
-        auto channel_of = [&](int pair) { return slice_of(pair) * Shape::CHANNELS + pass * Shape::PASS_CHANNELS; };
-        gather_taps<T, Shape::PASS_CHUNKS>(
-            far_context(p), taps, lane_slice(task) < p.slices && pixel_of(lane_block, m) >= 0,
-            at.y0 + Shape::block_y(lane_block) + (m >> 2), at.x0 + Shape::block_x(lane_block) + (m & 3), own, lane,
-            [&](int pair) { return image() + (slice_of(pair) < p.slices ? channel_of(pair) : 0); },
-            [&](int pair, int chunk, uint4 value) {
-              const int pixel = pixel_of(block_of(pair), pair & 15);
-              if (pixel < 0 || slice_of(pair) >= p.slices) return;
-              store_global16(output + pixel * p.output_stride + channel_of(pair) + chunk * 8, value);
-            });
-      }
-      continue;
-    }
-    const bool any_far = __any_sync(kAllLanes, far != 0);
 
 #pragma unroll 1
     for (int unit = 0; unit < 2; ++unit) {
       const int block = first_block + (Shape::SLICES == 1 ? unit : 0);
       const int slice_in_warp = Shape::SLICES == 1 ? 0 : 2 * task + unit;
       const uint32_t matrix = own + unit * StencilMatrix::BYTES;
+      const uint32_t records = own + Shape::RECORDS_AT + task * FarRecords::BYTES + unit * FarRecords::UNIT_BYTES;
       const int slice = first_slice + slice_in_warp;
       if (slice >= p.slices) break;
+      const int num_far = static_cast<int>(unit_far[task] >> 16 * unit & 0xffff);
       uint32_t a[4][4];
       StencilMatrix::load(a, matrix, lane);
       __syncwarp();
@@ -303,14 +323,16 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
       for (int pass = 0; pass < Shape::PASSES; ++pass) {
         const int first_channel = slice * Shape::CHANNELS + pass * Shape::PASS_CHANNELS;
         float sums[Shape::PASS_CHUNKS][4] = {};
-        if (any_far) {
-          const int group = static_cast<int>(p.slices_per_group.divide(slice));
-          add_far_taps<T>(sums, far_context(p), far, unit, at.y0 + Shape::block_y(block),
-                          at.x0 + Shape::block_x(block), image_taps() + group * kGroupValues, image() + first_channel,
-                          matrix, lane);
-        }
+        auto begin_far = [&](int step) {
+          begin_far_step<Shape::PASS_CHUNKS>(p.far, records, num_far, step, image() + first_channel, matrix, lane);
+        };
+        if (num_far > 0) begin_far(0);
         multiply<Tile, T>(sums, a, tile, Shape::block_y(block), Shape::block_x(block),
                           chunk + pass * Shape::PASS_CHUNKS, lane);
+        for (int step = 0; step * 4 < num_far; ++step) {
+          if (step > 0) begin_far(step);
+          finish_far_step<T>(sums, records, num_far, step, matrix, lane);
+        }
         store_result<Shape, T>(sums, matrix, output + first_channel, p.output_stride, lane,
                                [&](int pixel) { return pixel_of(block, pixel); });
       }
@@ -331,8 +353,6 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::MIN_BLOCKS)
 }
 
 // ---------------------------------------------------------------------------------------------------------- launching
-
-bool bulk_copies();  // whether the current device runs code for sm_90 or later; forward_window_fp16.cu
 
 template <typename Shape>
 cudaError_t encode_maps(ForwardWindow& window, const Params& p) {
@@ -366,6 +386,7 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   window.slices = window.channels / Shape::CHANNELS;
   window.offset_mask_bytes = p.offset_mask_channels * 2;
   window.scale = OffsetScale(p.offset_scale);
+  window.far = FarContext(p);
   const int tiles_x = (window.width_out + Shape::TILE_W - 1) / Shape::TILE_W;
   const int tiles_y = (window.height_out + Shape::TILE_H - 1) / Shape::TILE_H;
   const int chunks = (window.channels + kTileChannels - 1) / kTileChannels;
@@ -380,10 +401,13 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
   const auto kernel = forward_window_kernel<T, Shape>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES);
+  static OncePerDevice prepared;
+  cudaError_t error = prepared.run(
+      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES); });
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), Shape::THREADS, Shape::BYTES, stream>>>(window);
-  return cudaGetLastError();
+  error = launch(kernel, blocks, Shape::THREADS, Shape::BYTES, stream, Shape::BULK, window);
+  if (error != cudaSuccess) return error;
+  return launch_gather<T, GatherShape<T, Shape::CHANNELS, Shape::WARP_SLICES, 4>>(args, stream);
 }
 
 // The rule of choice: slices as wide as D allows. Tiles are 8x8 for every map: tiles of 8x16 move fewer bytes but were

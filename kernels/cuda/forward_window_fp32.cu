@@ -3,8 +3,9 @@
 //
 // A block computes 8x8 output pixels x 32 channels. First a thread a (pixel, group) turns offsets and masks into a
 // stencil in shared memory; then every thread computes four neighbouring pixels x four channels from an input window of
-// 5 x 8 pixels, and adds the far samples by a gather.
-#include "window.cuh"
+// 5 x 8 pixels, and adds the far samples by a gather. A warp with many of them leaves its 16 pixels to the gather
+// kernel.
+#include "forward_gather.cuh"
 
 namespace dcngen::window {
 namespace {
@@ -20,6 +21,7 @@ struct Problem {
   int height_in, width_in, height_out, width_out, pad_h, pad_w;
   int slices, channels, offset_mask_bytes;
   OffsetScale scale;
+  FarContext far;
   FastDivide slices_per_group, chunks, tiles_x, tiles_y;
 };
 
@@ -58,39 +60,37 @@ __device__ __forceinline__ unsigned make_stencil(uint32_t values, uint32_t stenc
   return far;
 }
 
-// sum += the far taps of output pixel (oy, ox), whose offsets stand at `values` in shared memory; `image` points to the
-// first of four channels. Corners outside the image get weight 0 and the address of one inside.
-__device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Problem& p, uint32_t values,
-                                        const float* image, int oy, int ox) {
-  const float base_x = static_cast<float>(ox + 1 - p.pad_w), base_y = static_cast<float>(oy + 1 - p.pad_h);
+// sum += the far taps of output pixel (x, y), whose offsets stand at `values` in shared memory; `image` points to the
+// first of four channels.
+__device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const FarContext& c, uint32_t values,
+                                        const float* image, int x, int y) {
 #pragma unroll 1
   for (; far; far &= far - 1) {
     const int k = __ffs(far) - 1;
-    const float mask = __uint_as_float(load_shared(values + (2 * kTaps + k) * 4));
-    const float dx = __uint_as_float(load_shared(values + 8 * k));
-    const float dy = __uint_as_float(load_shared(values + 8 * k + 4));
-    const float x = base_x + p.scale.scale * (static_cast<float>(k / 3 - 1) + dx);
-    const float y = base_y + p.scale.scale * (static_cast<float>(k % 3 - 1) + dy);
-    if (!(x > -1.f && y > -1.f && x < static_cast<float>(p.width_in) && y < static_cast<float>(p.height_in))) continue;
-    const float floor_x = floorf(x), floor_y = floorf(y), lx = x - floor_x, ly = y - floor_y;
-    const int x0 = static_cast<int>(floor_x), y0 = static_cast<int>(floor_y);
-    const bool left = x0 >= 0, right = x0 + 1 < p.width_in, top = y0 >= 0, bottom = y0 + 1 < p.height_in;
-    const float upper = top ? mask * (1.f - ly) : 0.f, lower = bottom ? mask * ly : 0.f;
-    const float weights[4] = {left ? upper * (1.f - lx) : 0.f, right ? upper * lx : 0.f,
-                              left ? lower * (1.f - lx) : 0.f, right ? lower * lx : 0.f};
-    const float* from = image + static_cast<int64_t>((top ? y0 : 0) * p.width_in + (left ? x0 : 0)) * p.input_stride;
-    const int64_t step_x = left && right ? p.input_stride : 0;
-    const int64_t step_y = top && bottom ? p.input_stride * p.width_in : 0;
-    const uint4 corners[4] = {load_global16(from), load_global16(from + step_x), load_global16(from + step_y),
-                              load_global16(from + step_y + step_x)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[0] = fmaf(weights[i], __uint_as_float(corners[i].x), sum[0]);
-      sum[1] = fmaf(weights[i], __uint_as_float(corners[i].y), sum[1]);
-      sum[2] = fmaf(weights[i], __uint_as_float(corners[i].z), sum[2]);
-      sum[3] = fmaf(weights[i], __uint_as_float(corners[i].w), sum[3]);
-    }
+    const Corners corners(c, place_x(c, x, k, load_value<float>(values + 8 * k)),
+                          place_y(c, y, k, load_value<float>(values + 8 * k + 4)),
+                          load_value<float>(values + (2 * kTaps + k) * 4));
+    const uint4* from = reinterpret_cast<const uint4*>(image) + corners.first;
+    const uint4 v[4] = {load_global16(from), load_global16(from + c.pixel_pieces), load_global16(from + c.row_pieces),
+                        load_global16(from + c.row_pieces + c.pixel_pieces)};
+    const float(&w)[4] = corners.weight;
+    Blend<float>::add(sum, make_float4(w[0], w[1], w[2], w[3]), v);
   }
+}
+
+// Whether more than kMostFar samples a slice of the warp's 16 pixels (two rows of the tile) are far, on average.
+template <typename S>
+__device__ __forceinline__ bool many_far(uint32_t far_at, const Problem& p, int first_slice, int y0, int x0,
+                                         int thread) {
+  int count = 0;
+#pragma unroll
+  for (int item = thread % 32; item < 16 * S::SLICES; item += 32) {
+    const int slice = item / 16, pixel = thread / 32 * 16 + item % 16;
+    const bool exists =
+        first_slice + slice < p.slices && y0 + pixel / kTile < p.height_out && x0 + pixel % kTile < p.width_out;
+    if (exists) count += __popc(load_shared(far_at + (slice * kPixels + pixel) * 4));
+  }
+  return __reduce_add_sync(kAllLanes, count) > kMostFar * S::SLICES;
 }
 
 template <typename S>
@@ -99,6 +99,8 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
   using Tile = typename S::Tile;
   const uint32_t tile = smem_address(shared_memory);
   const int thread = static_cast<int>(threadIdx.x);
+  let_next_kernel_begin();
+  wait_for_previous_kernel();
   uint32_t rest = blockIdx.x;
   const int chunk = static_cast<int>(p.chunks.split(rest));
   const int x0 = static_cast<int>(p.tiles_x.split(rest)) * kTile, y0 = static_cast<int>(p.tiles_y.split(rest)) * kTile;
@@ -121,19 +123,28 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
   copy_wait<1>();
   __syncthreads();
 
+  bool far_here = false;
 #pragma unroll 1
   for (int item = thread; item < S::SLICES * kPixels; item += kThreads) {
     const int pixel = item % kPixels, slice = item / kPixels;
     const int group = static_cast<int>(p.slices_per_group.divide(first_slice + slice));
     const uint32_t values = tile + S::TAPS_AT + pixel * S::Span::PITCH + group * kGroupValues * 4 - first_byte;
     const uint32_t stencil = tile + S::STENCILS_AT + (slice * kQuads + pixel / 4) * kQuadStencilBytes + pixel % 4 * 4;
-    store_shared(tile + S::FAR_AT + item * 4, make_stencil(values, stencil, p.scale));
+    const unsigned far = make_stencil(values, stencil, p.scale);
+    store_shared(tile + S::FAR_AT + item * 4, far);
+    far_here |= far != 0;
   }
   copy_wait<0>();
-  __syncthreads();
+  const bool any_far = __syncthreads_or(far_here);
 
   // Four pixels of a row (a quad) x four channels.
   const int vector = thread % 8, quad = thread / 8, row = quad / 2, column = quad % 2 * 4;
+  if (any_far && many_far<S>(tile + S::FAR_AT, p, first_slice, y0, x0, thread)) {
+    const int64_t pixel = (y0 + thread / 32 * 2) * p.width_out + x0;  // exists, else nothing of the warp's does
+    float* to = p.output + (first_output + pixel) * p.output_stride + chunk * kChannels;
+    if (thread % 32 == 0) *reinterpret_cast<LeftMark<float>::Word*>(to) = LeftMark<float>::VALUE;
+    return;
+  }
   const int slice = vector * 4 / S::CHANNELS;
   const uint32_t stencil = tile + S::STENCILS_AT + (slice * kQuads + quad) * kQuadStencilBytes;
   float sum[4][4] = {};
@@ -168,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
     const int64_t pixel = oy * p.width_out + ox;
     if (far_of[i]) {
       const uint32_t values = tile + S::TAPS_AT + (row * kTile + column + i) * S::Span::PITCH - first_byte;
-      add_far(sum[i], far_of[i], p, values + group * kGroupValues * 4, image + channel, oy, ox);
+      add_far(sum[i], far_of[i], p.far, values + group * kGroupValues * 4, image + channel, ox, oy);
     }
     *reinterpret_cast<float4*>(p.output + (first_output + pixel) * p.output_stride + channel) =
         make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
@@ -195,6 +206,7 @@ cudaError_t launch(const ForwardArgs& args, cudaStream_t stream) {
   problem.slices = problem.channels / S::CHANNELS;
   problem.offset_mask_bytes = p.offset_mask_channels * 4;
   problem.scale = OffsetScale(p.offset_scale);
+  problem.far = FarContext(p);
   const int tiles_x = (problem.width_out + kTile - 1) / kTile, tiles_y = (problem.height_out + kTile - 1) / kTile;
   const int chunks = (problem.channels + kChannels - 1) / kChannels;
   problem.slices_per_group = FastDivide(p.group_channels / S::CHANNELS);
@@ -204,10 +216,13 @@ cudaError_t launch(const ForwardArgs& args, cudaStream_t stream) {
   const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
   const auto kernel = forward_fp32_kernel<S>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
+  static OncePerDevice prepared;
+  cudaError_t error = prepared.run(
+      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES); });
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, S::BYTES, stream>>>(problem);
-  return cudaGetLastError();
+  error = dcngen::launch(kernel, blocks, kThreads, S::BYTES, stream, bulk_copies(), problem);
+  if (error != cudaSuccess) return error;
+  return launch_gather<float, GatherShape<float, S::CHANNELS, S::SLICES, kTile>>(args, stream);
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ struct BackwardArgs {
   void* workspace;
 };
 
-// Launches a kernel and answers with this launch's own error (cudaGetLastError after <<<>>> would also answer with what
-// an earlier call left behind). `after_previous`: the kernel begins with griddepcontrol.wait, so its blocks may
+// Launches a kernel and answers with this launch's own error. (cudaGetLastError after <<<>>> would also report, as ours,
+// what an earlier call left behind.) `after_previous`: the kernel begins with griddepcontrol.wait, so its blocks may
 // take their places on the device while the kernel before it in the stream ends.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,

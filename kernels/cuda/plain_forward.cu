@@ -5,7 +5,7 @@ namespace dcngen {
 namespace {
 
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads) forward_plain_kernel(const ForwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) forward_plain_kernel(const ForwardArgs args) {
   const Params& p = args.p;
   const int channels = p.groups * p.group_channels, vectors = channels / VEC, count = tap_count(p);
   const int64_t total = p.batch * p.height_out * p.width_out * vectors;

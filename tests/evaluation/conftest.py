@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dcngen.evaluation.inception_weights import find_weights, load_inception
+from dcngen.evaluation.spaces import INCEPTION
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,18 @@ def inception_tensors(inception):
     return find_weights(os.environ.get("DCNGEN_INCEPTION_WEIGHTS")).tensors
 
 
+@pytest.fixture(scope="session")
+def dinov2_folder(tmp_path_factory):
+    """A tiny DINOv2 with random weights, saved as transformers saves it."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("dinov2")
+    shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**shape)).save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def gaussian_features():
     """Correlated Gaussian features (n, d) with a given mean shift: gaussian_features(n, d, seed, shift=0.0)."""
@@ -42,7 +55,7 @@ def gaussian_features():
 class ColourFeatures(torch.nn.Module):
     """Features any test can check by hand: mean and spread of each colour."""
 
-    num_features, weights_digest, weights_origin = 6, "colours", "test"
+    num_features, weights_digest, weights_origin, space = 6, "colours", "test", INCEPTION
 
     def __init__(self):
         super().__init__()

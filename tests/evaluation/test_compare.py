@@ -8,9 +8,9 @@ import yaml
 from dcngen.data import ImageSet
 from dcngen.evaluation import charts
 from dcngen.evaluation.comparison import Arm, Comparison, reconstruct
-from dcngen.evaluation.fid import Scores
 from dcngen.evaluation.report import render, terminal_table, write_report
 from dcngen.evaluation.runs import Run, config_differences, require_comparable, unequal_training, unet_flops
+from dcngen.evaluation.scores import Scores
 from dcngen.evaluation.verdict import judge
 
 
@@ -20,13 +20,13 @@ def scores(fid, kid, *, num_images=5000, spread=0.01, offset=0.0):
     return Scores(
         num_images=num_images,
         num_reference=num_images,
-        fid=fid,
-        fid_error=0.1,
-        kid=kid,
-        kid_error=1e-4,
-        fid_infinity=fid - 1 if num_images >= 2048 else None,
-        fid_without=(fid + spread * wander).tolist(),
-        kid_without=(kid + spread * 1e-3 * wander).tolist(),
+        frechet=fid,
+        frechet_error=0.1,
+        kernel=kid,
+        kernel_error=1e-4,
+        frechet_infinity=fid - 1 if num_images >= 2048 else None,
+        frechet_without=(fid + spread * wander).tolist(),
+        kernel_without=(kid + spread * 1e-3 * wander).tolist(),
     )
 
 
@@ -46,17 +46,17 @@ def scores(fid, kid, *, num_images=5000, spread=0.01, offset=0.0):
 def test_verdict_follows_the_rule(candidate, outcome, reason):
     baseline = scores(20.0, 0.010, num_images=candidate.num_images)
     if outcome != "inconclusive" or "draw more pictures" not in reason:
-        baseline.kid_without = (np.array(baseline.kid_without) + 1e-7 * np.cos(np.arange(20.0))).tolist()
+        baseline.kernel_without = (np.array(baseline.kernel_without) + 1e-7 * np.cos(np.arange(20.0))).tolist()
     verdict = judge(baseline, candidate)
     assert (verdict.outcome, reason in verdict.reason) == (outcome, True), verdict.reason
-    assert verdict.fid_difference == pytest.approx(candidate.fid - 20.0)
-    assert verdict.fid_interval[0] <= verdict.fid_difference <= verdict.fid_interval[1]
+    assert verdict.frechet_difference == pytest.approx(candidate.frechet - 20.0)
+    assert verdict.frechet_interval[0] <= verdict.frechet_difference <= verdict.frechet_interval[1]
 
 
 def test_pairing_removes_what_both_arms_share():
     together = judge(scores(20.0, 0.01, spread=0.5), scores(18.0, 0.008, spread=0.5))
     apart = judge(scores(20.0, 0.01, spread=0.5), scores(18.0, 0.008, spread=0.5, offset=2.0))
-    widths = [v.fid_interval[1] - v.fid_interval[0] for v in (together, apart)]
+    widths = [v.frechet_interval[1] - v.frechet_interval[0] for v in (together, apart)]
     assert widths[0] < 1e-9 < 1 < widths[1]
 
 

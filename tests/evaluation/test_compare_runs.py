@@ -1,6 +1,7 @@
 """The compare command from run folders to the report, with tiny untrained models and a feature network of six."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def two_runs(tmp_path, monkeypatch):
 
 def test_compare_samples_scores_reports_and_reuses(two_runs, tmp_path, monkeypatch, capsys, colour_network):
     network = colour_network()
-    monkeypatch.setattr(cli, "load_inception", lambda *_, **__: network)
+    monkeypatch.setattr(cli, "load_network", lambda _: network)
     page = tmp_path / "out" / "report.html"
     arguments = [*two_runs, "--num-images", "24", "--steps", "2", "--device", "cpu", "--quiet", "--out", str(page)]
     assert cli.main(arguments) == 0
@@ -83,8 +84,23 @@ def test_compare_samples_scores_reports_and_reuses(two_runs, tmp_path, monkeypat
 
 
 def test_a_run_against_itself_is_inconclusive(two_runs, tmp_path, monkeypatch, capsys, colour_network):
-    monkeypatch.setattr(cli, "load_inception", lambda *_, **__: colour_network())
+    monkeypatch.setattr(cli, "load_network", lambda _: colour_network())
     arguments = [two_runs[0], two_runs[0], "--num-images", "20", "--steps", "1", "--device", "cpu", "--quiet"]
     assert cli.main([*arguments, "--floors", "--out", str(tmp_path / "r.html")]) == 0
     assert "INCONCLUSIVE" in capsys.readouterr().out
     assert json.loads((tmp_path / "compare.json").read_text())["floors"] == {}
+
+
+def test_compare_in_dinov2_features_speaks_of_fd_dinov2_alone(two_runs, dinov2_folder, tmp_path, capsys):
+    arguments = [*two_runs, "--num-images", "20", "--steps", "1", "--device", "cpu", "--quiet"]
+    assert cli.main([*arguments, "--features", "dinov2", "--dinov2-weights", str(dinov2_folder)]) == 0
+    table = capsys.readouterr().out
+    folder = tmp_path / "compare-first-second-dinov2"  # beside the report of FID, not over it
+    page, numbers = (folder / "report.html").read_text(), json.loads((folder / "compare.json").read_text())
+    page = re.sub(r"base64,[^\"]*", "", page)
+    for text in (table, page):
+        assert "FD-DINOv2" in text and "autoencoder alone (rFD-DINOv2)" in text and "KD-DINOv2" in text
+        text = text.replace("with another seed moves FID", "")  # the verdict says where its 1.3 % comes from
+        assert "FID" not in text and "KID" not in text and "Inception" not in text
+    assert numbers["feature_network"]["name"] == "DINOv2"
+    assert numbers["arms"][1]["scores"]["fd_dinov2"] > 0 and "fd_dinov2_difference" in numbers["arms"][1]["verdict"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from dcngen.data import ImageSet
 from dcngen.evaluation.features import Features, Provenance, extract_features, matching_reference, open_generated
-from dcngen.evaluation.fid import load_statistics, save_statistics, score
+from dcngen.evaluation.scores import load_statistics, save_statistics, score
 
 
 def image_set(n, seed=0, classes=3):
@@ -76,11 +76,11 @@ def features_of(values, labels=None, digest="net", size=32):
 def test_scores_carry_errors_and_caveats(gaussian_features):
     x, y = features_of(gaussian_features(60, 10, 0, shift=0.4)), features_of(gaussian_features(50, 10, 1))
     result = score(x, y)
-    assert result.fid > 0 and result.fid_error > 0 and result.kid > 0 and result.kid_error > 0
-    assert result.is_biased and result.fid_infinity is None and len(result.fid_without) == 20
+    assert result.frechet > 0 and result.frechet_error > 0 and result.kernel > 0 and result.kernel_error > 0
+    assert result.is_biased and result.frechet_infinity is None and len(result.frechet_without) == 20
     text = " ".join(result.notes)
     assert "N differs" in text and "fewer than 2,048" in text and "not comparable with published FID" in text
-    assert np.isnan(score(x, y, errors=False).fid_error)
+    assert np.isnan(score(x, y, errors=False).frechet_error)
 
 
 def test_other_network_or_size_is_refused(gaussian_features):
@@ -97,13 +97,13 @@ def test_statistics_round_trip_and_mismatch(gaussian_features, tmp_path):
     stored, provenance = load_statistics(tmp_path / "ref.safetensors", x.provenance)
     assert provenance == y.provenance
     against_stored = score(x, stored)
-    assert against_stored.fid == pytest.approx(score(x, y).fid, rel=1e-6) and against_stored.kid is None
+    assert against_stored.frechet == pytest.approx(score(x, y).frechet, rel=1e-6) and against_stored.kernel is None
     with pytest.raises(ValueError, match="different Inception weights"):
         load_statistics(tmp_path / "ref.safetensors", features_of(x.values, digest="other").provenance)
     mean, covariance = stored.mean.numpy(), stored.covariance.numpy()
     np.savez(tmp_path / "published.npz", mu=mean, sigma=covariance)
     published, provenance = load_statistics(tmp_path / "published.npz", x.provenance)
-    assert provenance is None and score(x, published).fid == pytest.approx(against_stored.fid, rel=1e-6)
+    assert provenance is None and score(x, published).frechet == pytest.approx(against_stored.frechet, rel=1e-6)
     np.savez(tmp_path / "wrong.npz", a=mean)
     with pytest.raises(ValueError, match="mu and sigma"):
         load_statistics(tmp_path / "wrong.npz", x.provenance)
@@ -113,7 +113,7 @@ def test_evaluate_command(tmp_path, monkeypatch, capsys, colour_network):
     from dcngen.evaluation import evaluate
 
     monkeypatch.setenv("DCNGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluate, "load_inception", lambda *_, **__: colour_network())
+    monkeypatch.setattr(evaluate, "load_network", lambda _: colour_network())
     root, generator = tmp_path / "data", np.random.default_rng(0)
     for index in range(40):
         folder = root / f"class{index % 2}"

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from dcngen.evaluation import inception_weights
 from dcngen.evaluation.inception import InceptionFeatures, resize_like_tensorflow
 from dcngen.evaluation.inception_weights import export_weights, find_weights, load_inception
-from dcngen.evaluation.statistics import frechet_distance
+from dcngen.evaluation.metrics import frechet_distance
 
 FEATURE_SUM = 404.69049
 FIRST_FIVE = [0.009331, 0.28798, 0.193069, 0.266676, 0.038879]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu.helpers import DTYPES, EPSILON, Geometry, assert_close, check, make, native, reference, reproducible
+from dcngen.ops import dcnv4_packed
+from gpu.helpers import DTYPES, Geometry, assert_close, check, make, native, reference, reproducible
 
 # The first stages and U-Net levels at which the speed is measured, at smaller batches, then what breaks kernels.
 BENCHMARK_SHAPES = [
@@ -136,10 +137,25 @@ def test_tensors_that_begin_between_sixteen_bytes(dtype):
         wide = torch.zeros(*tensor.shape[:3], tensor.shape[3] + 8, device="cuda", dtype=dtype)
         wide[..., 1:-7] = tensor
         shifted.append(wide[..., 1:-7])
-    with reproducible():
-        aligned, moved = native(geometry, *tensors), native(geometry, *shifted)
-    for a, b in zip(aligned, moved, strict=True):
-        torch.testing.assert_close(a, b, rtol=4 * EPSILON[dtype], atol=4 * EPSILON[dtype])
+    exact, plain = reference(geometry, *tensors), reference(geometry, *tensors, dtype=dtype)
+    assert_close(geometry, native(geometry, *shifted), exact, plain, dtype)
+
+
+@pytest.mark.parametrize("padding", [0, 10, 16], ids="padding {}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_tensors(dtype, padding):
+    geometry = Geometry(2, 9, 13, 4, 32)
+    value, offset_mask, grad = make(geometry, dtype, offset_std=0.2)
+    used = 3 * geometry.groups * geometry.taps
+    tail = torch.full((*value.shape[:3], padding), float("nan"), device="cuda", dtype=dtype)
+    packed = torch.cat([value, offset_mask[..., :used], tail], -1).requires_grad_()
+    output = dcnv4_packed(packed, channels=128, **geometry.options)
+    (gradient,) = torch.autograd.grad(output, packed, grad)
+    of_value, of_offset_mask = gradient[..., :128], gradient[..., 128 : 128 + used]
+    exact, plain = (reference(geometry, value, offset_mask, grad, dtype=t) for t in (torch.float64, dtype))
+    exact, plain = ((*parts[:2], parts[2][..., :used]) for parts in (exact, plain))
+    assert_close(geometry, (output, of_value, of_offset_mask), exact, plain, dtype)
+    assert (gradient[..., 128 + used :] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -150,11 +150,12 @@ def test_fused_projections_change_nothing(randomize):
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-3)
 
 
-def test_fused_projections_are_slices_of_one_product():
-    module = DCNv4(16, group=2, fuse_projections=True)
-    value, offset_mask = module._project(torch.randn(1, 4, 4, 16))
-    assert value.stride(2) == offset_mask.stride(2) == 16 + 56
-    assert value.untyped_storage().data_ptr() == offset_mask.untyped_storage().data_ptr()
+@pytest.mark.parametrize("channels, group, width", [(16, 2, 16 + 56), (768, 24, 1472)])
+def test_fused_projections_are_one_product(channels, group, width):
+    """Wide ones are rounded up to 64: torch.compile pads such rows, and copies what does not fit."""
+    module = DCNv4(channels, group=group, fuse_projections=True)
+    packed = module._project_at_once(torch.randn(1, 2, 2, channels))
+    assert packed.shape == (1, 2, 2, width) and packed.is_contiguous()
 
 
 def test_wrapped_projections_are_called_not_fused():
@@ -168,6 +169,16 @@ def test_wrapped_projections_are_called_not_fused():
     torch.nn.init.zeros_(module.value_proj.bias)
     assert not module.can_fuse_projections()
     assert not torch.allclose(module(torch.zeros(1, 4, 4, 16)), plain)
+
+
+def test_hooked_projections_are_called_not_fused():
+    module, seen = DCNv4(16, group=2, fuse_projections=True), []
+    handle = module.offset_mask.register_forward_hook(lambda *arguments: seen.append(arguments))
+    assert not module.can_fuse_projections()
+    module(torch.zeros(1, 4, 4, 16))
+    assert len(seen) == 1
+    handle.remove()
+    assert module.can_fuse_projections()
 
 
 @pytest.mark.parametrize(

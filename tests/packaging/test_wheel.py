@@ -1,6 +1,5 @@
 """`pip install .` with and without a C++ compiler and nvcc."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,8 +10,6 @@ import pytest
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-# Minutes on two cores; `make cuda` compiles the same library outside the suite.
-asked_for = pytest.mark.skipif(not os.environ.get("DCNGEN_TEST_CUDA_WHEEL"), reason="set DCNGEN_TEST_CUDA_WHEEL=1")
 
 CALL = """
 import torch, dcngen.ops as ops
@@ -63,13 +60,39 @@ def test_without_nvcc_it_installs_the_cpu_kernels(machine, build_wheel, new_venv
     assert str(new_venv.site / "dcngen" / "lib" / "libdcngen_cpu.so") in info.stdout, info.stderr
 
 
-@asked_for
+def _spills(build_log):
+    """Entry function -> bytes of local memory (stack frame, spill stores, spill loads), from ptxas's account."""
+    found, entry = {}, None
+    for line in build_log.splitlines():
+        if named := re.search(r"Compiling entry function '(\w+)' for 'sm_\d+'", line):
+            entry = named[1]
+        elif "bytes stack frame" in line and entry:
+            found[entry] = sum(int(n) for n in re.findall(r"(\d+) bytes", line))
+            entry = None
+    return found
+
+
+def test_the_account_of_spills_is_understood():
+    log = """ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_90'
+ptxas info    : Function properties for _Z6kernelv
+    8 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads
+ptxas info    : Compiling entry function '_Z5otherv' for 'sm_90'
+ptxas info    : Function properties for _Z5otherv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"""
+    assert _spills(log) == {"_Z6kernelv": 48, "_Z5otherv": 0}
+
+
 @needs_compiler
 @needs_nvcc
 def test_with_nvcc_it_installs_cuda_kernels_that_load_without_a_gpu(machine, build_wheel, new_venv, tmp_path):
     # The CPU kernels are the test above: left out here to spare the time.
     choice = {"DCNGEN_CUDA_ARCHITECTURES": "90", "DCNGEN_REQUIRE": "cuda", "DCNGEN_CPU": "OFF"}
-    wheel = _wheel(tmp_path, build_wheel(machine("compiler", "nvcc") | choice))
+    result = build_wheel(machine("compiler", "nvcc") | choice)
+    wheel = _wheel(tmp_path, result)
+    spills = _spills(result.stdout)
+    for kernel in ("forward_window_kernel", "tile_kernel", "far_kernel", "forward_plain_kernel"):
+        assert any(kernel in name for name in spills), f"{kernel} is not in the build log"
+    assert not {name: size for name, size in spills.items() if size}
     assert _libraries(wheel) == ["dcngen/lib/libdcngen_cuda.so"]
     new_venv.install(wheel)
     code = """

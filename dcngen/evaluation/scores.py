@@ -1,7 +1,7 @@
-"""Scores of one set of generated pictures against a reference: FID and KID with error bars, and their caveats."""
+"""Scores of one set of generated pictures against a reference: both distances, error bars, caveats."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,45 +12,49 @@ from safetensors.torch import save_file
 from dcngen.data.files import atomic_file
 from dcngen.data.images import evenly_over_classes
 from dcngen.evaluation.features import Features, Provenance
+from dcngen.evaluation.metrics import frechet_distance, kernel_distance
+from dcngen.evaluation.moments import FeatureStatistics
+from dcngen.evaluation.spaces import INCEPTION, SPACES, FeatureSpace
 from dcngen.evaluation.statistics import (
     FULL_RANK,
-    NUM_GROUPS,
-    FeatureStatistics,
     KernelSums,
     Reference,
-    frechet_distance,
     frechet_infinity,
     frechet_without_each_group,
     jackknife_error,
     stratified_groups,
 )
 
-KID_MAX_IMAGES = 10_000  # the estimate over all pairs costs N^2 kernels; its error at 10,000 is far below FID's
+KERNEL_MAX_IMAGES = 10_000  # all pairs cost N^2 kernels; the error at 10,000 is far below the Frechet distance's
 PUBLISHED_COUNT = 50_000
 
 
 @dataclass
 class Scores:
-    """FID and KID of one set, with the values the paired comparison needs.
+    """Both distances of one set, with the values the paired comparison needs.
+
+    In Inception's features they are FID and KID, and ``to_dict`` writes them under these names.
 
     Attributes:
         num_images, num_reference: pictures on the two sides.
-        fid, fid_error: the distance and its standard error over the generated pictures (jackknife).
-        kid, kid_error: the same for KID; None against statistics, which hold no single pictures.
-        fid_infinity: extrapolation to infinitely many pictures; None below 2048 pictures.
-        fid_without, kid_without: values with one group of pictures left out each, for paired differences.
+        frechet, frechet_error: the distance and its standard error over the generated pictures (jackknife).
+        kernel, kernel_error: the same for the kernel distance; None against statistics, which hold no single pictures.
+        frechet_infinity: extrapolation to infinitely many pictures; None below 2048 pictures.
+        frechet_without, kernel_without: values with one group of pictures left out each, for paired differences.
+        space: the feature space, and so the distances' names.
         notes: caveats in words.
     """
 
     num_images: int
     num_reference: int
-    fid: float
-    fid_error: float
-    kid: float | None
-    kid_error: float | None
-    fid_infinity: float | None
-    fid_without: list[float] = field(repr=False)
-    kid_without: list[float] | None = field(repr=False)
+    frechet: float
+    frechet_error: float
+    kernel: float | None
+    kernel_error: float | None
+    frechet_infinity: float | None
+    frechet_without: list[float] = field(repr=False)
+    kernel_without: list[float] | None = field(repr=False)
+    space: FeatureSpace = INCEPTION
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -59,7 +63,12 @@ class Scores:
 
     def to_dict(self) -> dict:
         """Plain values for JSON, which has no NaN: an error that was not computed is None."""
-        return {name: _known(value) for name, value in asdict(self).items()}
+        values = {f.name: _known(getattr(self, f.name)) for f in fields(self) if f.name != "space"}
+        return {"features": self.space.network} | self.space.named(values)
+
+
+def _on(statistics: FeatureStatistics, device) -> FeatureStatistics:
+    return FeatureStatistics(statistics.count, statistics.total.to(device), statistics.outer.to(device))
 
 
 def _known(value):
@@ -91,61 +100,75 @@ def score(
     if isinstance(reference, Features):
         require_same_network(features.provenance, reference.provenance)
     values = features.values.to(device)
-    real = reference.values.to(device) if isinstance(reference, Features) else None
-    fixed = Reference(reference if real is None else real)
-    groups = stratified_groups(features.labels, NUM_GROUPS if errors else 1)
-    fid_without = frechet_without_each_group(values, fixed, groups, progress) if errors else np.array([np.nan])
+    real = reference.values.to(device) if isinstance(reference, Features) else _on(reference, device)
+    fixed = Reference(real) if errors else None
+    groups = stratified_groups(features.labels) if errors else None
+    without = frechet_without_each_group(values, fixed, groups, progress) if errors else np.array([np.nan])
     result = Scores(
         num_images=len(values),
-        num_reference=fixed.count,
-        fid=frechet_distance(values, fixed),
-        fid_error=jackknife_error(fid_without),
-        kid=None,
-        kid_error=None,
-        fid_infinity=None,
-        fid_without=fid_without.tolist(),
-        kid_without=None,
+        num_reference=reference.count if isinstance(reference, FeatureStatistics) else len(reference.values),
+        frechet=frechet_distance(values, real),
+        frechet_error=jackknife_error(without),
+        kernel=None,
+        kernel_error=None,
+        frechet_infinity=None,
+        frechet_without=without.tolist(),
+        kernel_without=None,
+        space=SPACES[features.provenance.network],
     )
-    if real is not None:
+    if isinstance(reference, Features):
         _add_kernel_distance(result, features, reference, groups, device)
         if not result.is_biased and errors:
-            result.fid_infinity = frechet_infinity(values, features.labels, real, reference.labels)
-    result.notes = caveats(result)
+            result.frechet_infinity = frechet_infinity(values, features.labels, real, reference.labels)
+    result.notes = caveats(result, values.shape[1])
     return result
 
 
-def _add_kernel_distance(result: Scores, features: Features, reference: Features, groups: np.ndarray, device) -> None:
-    chosen = evenly_over_classes(features.labels, KID_MAX_IMAGES)
-    real = reference.values[evenly_over_classes(reference.labels, KID_MAX_IMAGES)]
-    sums = KernelSums(features.values[chosen].to(device), real.to(device), groups[chosen])
-    result.kid = sums.distance()
-    if len(sums.sizes) > 1:
+def _add_kernel_distance(
+    result: Scores, features: Features, reference: Features, groups: np.ndarray | None, device
+) -> None:
+    chosen = evenly_over_classes(features.labels, KERNEL_MAX_IMAGES)
+    values = features.values[chosen].to(device)
+    real = reference.values[evenly_over_classes(reference.labels, KERNEL_MAX_IMAGES)].to(device)
+    sums = None
+    if groups is not None or len(values) != len(real):
+        sums = KernelSums(values, real, np.zeros(len(values), dtype=np.int64) if groups is None else groups[chosen])
+    # torchmetrics compares equally many; the sums are the same estimate for any two numbers
+    result.kernel = kernel_distance(values, real) if len(values) == len(real) else sums.distance()
+    if groups is not None:
         without = sums.without_each_group()
-        result.kid_without, result.kid_error = without.tolist(), jackknife_error(without)
+        result.kernel_without, result.kernel_error = without.tolist(), jackknife_error(without)
 
 
-def caveats(result: Scores) -> list[str]:
+def caveats(result: Scores, num_features: int) -> list[str]:
     """What a reader must know before quoting the numbers."""
-    notes = []
+    notes, space = [], result.space
     if result.num_images != result.num_reference:
         notes.append(f"{result.num_images:,} generated against {result.num_reference:,} reference pictures: N differs")
+    fewest = min(result.num_images, result.num_reference)
     if result.is_biased:
+        singular = "the covariance is singular and " if fewest <= num_features else ""
         notes.append(
-            f"fewer than {FULL_RANK:,} pictures on a side: the covariance is singular and FID far too high; it ranks "
-            f"models at this N only. KID is unbiased"
+            f"fewer than {FULL_RANK:,} pictures on a side: {singular}{space.frechet} is far too high; it ranks "
+            f"models at this N only. {space.kernel} is unbiased"
         )
-    if min(result.num_images, result.num_reference) < PUBLISHED_COUNT:
-        notes.append(f"not comparable with published FID, which uses {PUBLISHED_COUNT:,} pictures")
+    if fewest < PUBLISHED_COUNT or not space.published_by_default:
+        notes.append(f"not comparable with published {space.frechet}, which uses {space.published}")
     return notes
 
 
 def require_same_network(first: Provenance, second: Provenance) -> None:
     """Raise ValueError unless both were computed by the same network at the same picture size."""
-    for what, key in (("Inception weights", "extractor_digest"), ("feature layer", "num_features")):
+    parts = {
+        "feature networks": "network",
+        f"{first.network} weights": "extractor_digest",
+        "feature layers": "num_features",
+    }
+    for what, key in parts.items():
         if getattr(first, key) != getattr(second, key):
             raise ValueError(
                 f"{first.described} and {second.described} were computed with different {what} "
-                f"({getattr(first, key)} and {getattr(second, key)}); compute both with the same --inception-weights"
+                f"({getattr(first, key)} and {getattr(second, key)}); compute both with the same --features and weights"
             )
     if first.image_size != second.image_size:
         raise ValueError(
@@ -173,7 +196,7 @@ def load_statistics(path: str | Path, expected: Provenance) -> tuple[FeatureStat
         the statistics and their provenance; an ``.npz`` has none, and is taken to be of 50,000 pictures.
 
     Raises:
-        ValueError: another network or picture size, or no statistics in the file.
+        ValueError: another network, number of features or picture size, or no statistics in the file.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -181,6 +204,11 @@ def load_statistics(path: str | Path, expected: Provenance) -> tuple[FeatureStat
             if not {"mu", "sigma"} <= set(archive.files):
                 raise ValueError(f"{path} holds no statistics: expected arrays mu and sigma, got {archive.files}")
             mean, covariance = torch.from_numpy(archive["mu"]), torch.from_numpy(archive["sigma"])
+        if mean.shape != (expected.num_features,):
+            raise ValueError(
+                f"{path} expected mu of {expected.num_features} {expected.network} features, got {tuple(mean.shape)}; "
+                f"it was computed with another network"
+            )
         return FeatureStatistics.from_moments(mean, covariance, PUBLISHED_COUNT), None
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
