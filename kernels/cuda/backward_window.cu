@@ -6,15 +6,15 @@ namespace {
 
 bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The bulk copy engine needs sm_90, a tile its shared memory. All devices of a machine are taken to be alike.
+// The bulk copy engine needs a device and code of sm_90, a tile its shared memory. All devices of a machine are taken to
+// be alike.
 bool device_fits(const Params& p) {
   static const int available = [] {
-    int device = 0, major = 0, bytes = 0;
+    int device = 0, bytes = 0;
     const bool known =
         cudaGetDevice(&device) == cudaSuccess &&
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-    return known && major >= 9 ? bytes : 0;
+    return known && window::bulk_copies() ? bytes : 0;
   }();
   return available >= (p.dtype == DCNGEN_FLOAT32 ? backward::shared_bytes<float>(p.group_channels)
                                                  : backward::shared_bytes<__half>(p.group_channels));

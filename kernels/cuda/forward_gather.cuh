@@ -265,7 +265,6 @@ struct DeviceLimits {
   int multiprocessors, shared_bytes;
 };
 DeviceLimits device_limits();
-bool bulk_copies();  // whether the current device runs code for sm_90 or later; forward_window_fp16.cu
 
 template <typename T, typename Shape>
 cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {

@@ -52,6 +52,11 @@ cudaError_t forward_plain(const ForwardArgs& args, cudaStream_t stream);
 int64_t backward_plain_workspace(const Params& p);
 cudaError_t backward_plain(const BackwardArgs& args, cudaStream_t stream);
 
+namespace window {
+// Whether the code that runs on the current device was compiled for sm_90 or later; forward_window_fp16.cu.
+bool bulk_copies();
+}  // namespace window
+
 // forward_window.cu / backward_window.cu: dense products over a bounded window (see kernels/README.md).
 bool forward_window_applies(const Params& p);
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);
