@@ -96,7 +96,8 @@ def backward_cuda(
     grad_input, grad_offset_mask = into or (input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape))
     device = input.get_device()
     if plan.workspace_bytes is None:
-        plan.workspace_bytes = library.dcngen_cuda_dcnv4_backward_workspace_size(plan.address)
+        with torch.cuda.device(device):  # the library asks the current device what it can do
+            plan.workspace_bytes = library.dcngen_cuda_dcnv4_backward_workspace_size(plan.address)
         if plan.workspace_bytes < 0:
             raise _cuda_error(library, device)
     # Allocated per call: the caching allocator then orders its reuse on the stream that is current here.
