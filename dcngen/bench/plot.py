@@ -29,10 +29,12 @@ def draw_operator(rows, device_name: str, path: Path) -> None:
         axis.barh(positions, released, color=RELEASED, label="released DCNv4", height=0.8)
         axis.barh(positions, ours, color=OURS, label="dcngen", height=0.5)
         axis.plot(floors, positions, "|", color=FLOOR, markersize=11, markeredgewidth=2, label="memory floor")
-        for y, (a, b) in enumerate(zip(ours, released, strict=True)):
+        for y, (row, a, b) in enumerate(zip(rows, ours, released, strict=True)):
             if b == b:
-                axis.text(b * 1.05, y, f"{b / a:.1f}x", va="center", fontsize=8)
+                wrong = " (its output is wrong)" if direction == "forward" and "released_error" in row.others else ""
+                axis.text(b * 1.05, y, f"{b / a:.1f}x{wrong}", va="center", fontsize=8)
         axis.set_xscale("log")
+        axis.margins(x=0.25, y=0.01)
         axis.set_xlabel("microseconds")
         axis.set_title(direction)
         axis.spines[["top", "right"]].set_visible(False)
