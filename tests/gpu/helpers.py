@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from dcngen.ops import dcnv4_reference, offset_mask_channels
@@ -13,6 +15,15 @@ from dcngen.ops import dcnv4_reference, offset_mask_channels
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One unit in the last place at 1, by dtype: the scale on which "twice plain torch" is compared.
 EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def needs_window_backward() -> None:
+    """Skips the test where the library holds no code of sm_90 or newer, and so only the plain backward."""
+    from dcngen.ops import native
+
+    architectures = native.cuda_library().dcngen_cuda_architectures().decode()
+    if not any(int(re.match(r"\d+", name)[0]) >= 90 for name in architectures.split()):
+        pytest.skip(f"the window backward needs code of sm_90, the library was compiled for {architectures}")
 
 
 @contextmanager
