@@ -3,9 +3,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "problem.h"
@@ -108,6 +108,8 @@ Problem make_problem(const dcngen_dcnv4_params* params, bool backward) {
   const int center_x = p.dilation_w * (p.kernel_w - 1) / 2, center_y = p.dilation_h * (p.kernel_h - 1) / 2;
   q.origin_x = center_x - p.pad_w;
   q.origin_y = center_y - p.pad_h;
+  q.padded_width = p.width_in + 1;
+  q.padded_pixels = (p.height_in + 2) * q.padded_width + 2;
   int k = 0;
   for (int i = 0; i < p.kernel_w; ++i) {
     for (int j = 0; j < p.kernel_h; ++j) {
@@ -137,6 +139,8 @@ int guarded(const char* name, Call call) {
 
 // --- the work ---
 
+constexpr int64_t kUnitsPerThread = 4;  // with so many images and groups a thread, their shares come out even enough
+
 // Multiply-adds of one pass over all samples, with the cost of finding the places counted as 16 channels.
 double work_of(const Problem& q) {
   const auto& p = q.p;
@@ -144,9 +148,56 @@ double work_of(const Problem& q) {
          (p.group_channels + 16.0);
 }
 
-std::vector<float> zeros_for(const Problem& q) { return std::vector<float>(static_cast<size_t>(q.p.group_channels)); }
+// Uninitialised floats on a cache line's boundary, so that no vector of a padded image is split between two.
+class Floats {
+ public:
+  explicit Floats(int64_t count)
+      : data_(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), kAlignment))) {}
+  Floats(Floats&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  ~Floats() { ::operator delete(data_, kAlignment); }
+  float* data() const { return data_; }
 
-int64_t rows_of(const Problem& q) { return q.p.batch * q.p.height_out * q.p.groups; }
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* data_;
+};
+
+std::vector<Floats> scratch_for(const Threads& threads, int64_t floats) {
+  std::vector<Floats> scratch;
+  for (int i = 0; i < threads.useful; ++i) scratch.emplace_back(floats);
+  return scratch;
+}
+
+int64_t units_of(const Problem& q) { return q.p.batch * q.p.groups; }
+
+int64_t rows_of(const Problem& q) { return units_of(q) * q.p.height_out; }
+
+// The padded images of all units.
+Floats padded_images(const Problem& q, const void* input, const Threads& threads) {
+  Floats images(units_of(q) * q.padded_pixels * q.p.group_channels);
+  share_out(units_of(q) * (q.p.height_in + 1), threads, [&](int, int64_t first, int64_t last) {
+    kernels().pad(q, input, images.data(), first, last);
+  });
+  return images;
+}
+
+// Where there are enough units for the threads, a thread takes whole ones, each padded as it comes; otherwise all are
+// padded first, and the rows shared out.
+void run_forward(const Problem& q, Forward f, int num_threads) {
+  const auto& p = q.p;
+  f.problem = &q;
+  Threads threads = threads_for(work_of(q), num_threads);
+  if (units_of(q) < kUnitsPerThread * threads.useful && threads.useful > 1) {
+    const Floats images = padded_images(q, f.input, threads);
+    f.images = images.data();
+    share_out(rows_of(q), threads, [&](int, int64_t first, int64_t last) { kernels().forward(f, first, last, nullptr); });
+    return;
+  }
+  const std::vector<Floats> scratch = scratch_for(threads, q.padded_pixels * p.group_channels);
+  share_out(units_of(q), threads, [&](int worker, int64_t first, int64_t last) {
+    kernels().forward(f, first * p.height_out, last * p.height_out, scratch[static_cast<size_t>(worker)].data());
+  });
+}
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -154,9 +205,9 @@ int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 // and groups for the threads; otherwise the places are found twice, the offset gradients shared out by rows and the
 // input gradient by channels. Sums are taken in the same order either way.
 int choose_slices(const Problem& q, int threads) {
-  const int64_t units = q.p.batch * q.p.groups;
+  const int64_t units = units_of(q);
   const int most = ceil_div(q.p.group_channels, kChannelQuantum);
-  if (units >= 4 * int64_t{threads} || most == 1 || units == 0) return 1;
+  if (units >= kUnitsPerThread * threads || most == 1 || units == 0) return 1;
   const int cut = static_cast<int>(std::min<int64_t>(most, ceil_div(threads, units)));
   constexpr double kSplitCost = 0.65;  // of each of the two passes, the single pass being 1
   const double whole = ceil_div(units, threads);
@@ -167,9 +218,7 @@ int choose_slices(const Problem& q, int threads) {
 
 void run_backward(const Problem& q, Backward b, int num_threads) {
   const auto& p = q.p;
-  const std::vector<float> zeros = zeros_for(q);
   b.problem = &q;
-  b.zeros = zeros.data();
   Threads threads = threads_for(2 * work_of(q), num_threads);
   const int cut = choose_slices(q, threads.useful);
   const int quanta = ceil_div(p.group_channels, kChannelQuantum);
@@ -178,17 +227,17 @@ void run_backward(const Problem& q, Backward b, int num_threads) {
   const bool whole = b.slices_per_group == 1;
 
   if (!whole) {
+    const Floats images = padded_images(q, b.input, threads);
+    b.images = images.data();
     share_out(rows_of(q), threads, [&](int, int64_t first, int64_t last) {
       kernels().backward_places(b, first, last);
     });
   }
-  const int64_t slices = p.batch * p.groups * b.slices_per_group;
+  const int64_t slices = units_of(q) * b.slices_per_group;
   threads.useful = static_cast<int>(std::min<int64_t>(threads.useful, slices));
-  const size_t slice_floats = static_cast<size_t>(p.height_in * p.width_in + 1) * b.slice_channels;
-  std::vector<std::unique_ptr<float[]>> scratch;
-  for (int i = 0; i < threads.useful; ++i) scratch.emplace_back(new float[slice_floats]);
+  const std::vector<Floats> scratch = scratch_for(threads, q.padded_pixels * b.slice_channels * (whole ? 2 : 1));
   share_out(slices, threads, [&](int worker, int64_t first, int64_t last) {
-    kernels().backward_slices(b, first, last, scratch[static_cast<size_t>(worker)].get(), whole);
+    kernels().backward_slices(b, first, last, scratch[static_cast<size_t>(worker)].data(), whole);
   });
 }
 
@@ -209,11 +258,7 @@ int dcngen_cpu_dcnv4_forward(const dcngen_dcnv4_params* params, const void* inpu
                              void* output, int num_threads) {
   return guarded("dcnv4 forward", [&] {
     const Problem q = make_problem(params, false);
-    const std::vector<float> zeros = zeros_for(q);
-    const Forward f{&q, input, offset_mask, zeros.data(), output};
-    share_out(rows_of(q), threads_for(work_of(q), num_threads), [&](int, int64_t first, int64_t last) {
-      kernels().forward(f, first, last);
-    });
+    run_forward(q, {nullptr, input, offset_mask, output, nullptr}, num_threads);
   });
 }
 
@@ -221,7 +266,7 @@ int dcngen_cpu_dcnv4_backward(const dcngen_dcnv4_params* params, const void* gra
                               const void* offset_mask, void* grad_input, void* grad_offset_mask, int num_threads) {
   return guarded("dcnv4 backward", [&] {
     const Problem q = make_problem(params, true);
-    run_backward(q, {nullptr, grad_output, input, offset_mask, nullptr, grad_input, grad_offset_mask, 1, 1},
+    run_backward(q, {nullptr, grad_output, input, offset_mask, grad_input, grad_offset_mask, nullptr, 1, 1},
                  num_threads);
   });
 }

@@ -6,37 +6,58 @@ struct Dots {
   alignas(64) float value[4 * kMaxSamples];
 };
 
+// What one pass over the samples of a block works on: padded images of `channels` floats a pixel, both from the pass's
+// first channel on.
+struct Slice {
+  const float* input;
+  float* sums;  // of the input gradient
+  int64_t channels;
+};
+
+template <int L>
+Vec<4> corner_dots(const Vec<L>* grad, int vectors, const float* first, const int64_t (&corners)[4]) {
+  Vec<L> dot[4];
+  for (int c = 0; c < 4; ++c) {
+    dot[c] = grad[0] * load<L>(first + corners[c]);
+    for (int v = 1; v < vectors; ++v) dot[c] += grad[v] * load<L>(first + corners[c] + v * L);
+  }
+  return sums_of<L>(dot);
+}
+
+// L lanes for the dot products, W for the sums of the input gradient.
 template <class T, int L, int V, bool kDots, bool kScatter>
-void backward_chunk(const Block& b, int taps, int channel, const T* grad_output, int64_t stride, Dots& dots) {
+void backward_chunk(const Problem& q, const Block& b, const Slice& slice, const T* grad_output, bool add, Dots& dots) {
+  constexpr int W = L * V % DCNGEN_WIDE_LANES == 0 ? DCNGEN_WIDE_LANES : L, kWide = L * V / W;
+  const int64_t channels = slice.channels;
+  const int64_t corners[4] = {0, channels, q.padded_width * channels, (q.padded_width + 1) * channels};
   for (int pixel = 0; pixel < b.pixels; ++pixel) {
+    const T* from = grad_output + pixel * q.p.output_pixel_stride;
     Vec<L> grad[V];
-    for (int v = 0; v < V; ++v) grad[v] = load<L>(grad_output + pixel * stride + channel + v * L);
-    const int end = (pixel + 1) * taps;
-    for (int s = pixel * taps; s < end; ++s) {
+    Vec<W> wide[kWide];
+    for (int v = 0; v < V; ++v) grad[v] = load<L>(from + v * L);
+    for (int v = 0; v < kWide; ++v) wide[v] = load<W>(from + v * W);
+    const int end = (pixel + 1) * q.taps;
+    for (int s = pixel * q.taps; s < end; ++s) {
+      const int64_t first = b.pixel[s] * channels;
       if constexpr (kDots) {
-        Vec<L> dot[4];
-        for (int c = 0; c < 4; ++c) {
-          const T* source = reinterpret_cast<const T*>(b.source[c][s]) + channel;
-          dot[c] = grad[0] * load<L>(source);
-          for (int v = 1; v < V; ++v) dot[c] += grad[v] * load<L>(source + v * L);
-        }
-        Vec<4> sums = sums_of<L>(dot);
-        if (channel) sums += load<4>(dots.value + 4 * s);  // the first chunk finds what an earlier block left
+        Vec<4> sums = corner_dots<L>(grad, V, slice.input + first, corners);
+        if (add) sums += load<4>(dots.value + 4 * s);
         store<4>(dots.value + 4 * s, sums);
       }
       if constexpr (kScatter) {
         for (int c = 0; c < 4; ++c) {
-          float* target = reinterpret_cast<float*>(b.target[c][s]) + channel;
-          const Vec<L> weight = splat<L>(b.weight[c][s]);
-          for (int v = 0; v < V; ++v) store<L>(target + v * L, load<L>(target + v * L) + weight * grad[v]);
+          float* target = slice.sums + first + corners[c];
+          const Vec<W> weight = splat<W>(b.weight[c][s]);
+          for (int v = 0; v < kWide; ++v) store<W>(target + v * W, load<W>(target + v * W) + weight * wide[v]);
         }
       }
     }
   }
 }
 
+// add: to the products of earlier channels.
 template <class T>
-using BackwardChunk = void (*)(const Block&, int taps, int channel, const T* grad_output, int64_t stride, Dots& dots);
+using BackwardChunk = void (*)(const Problem&, const Block&, const Slice&, const T* grad_output, bool add, Dots& dots);
 
 // The widest kernel for `channels` more channels; `taken` says how many of them it does.
 template <class T, bool kDots, bool kScatter>
@@ -60,34 +81,39 @@ BackwardChunk<T> backward_chunk_for(int channels, int& taken) {
 }
 
 template <class T, bool kDots, bool kScatter>
-void backward_block(const Block& b, int taps, int channels, const T* grad_output, int64_t stride, Dots& dots) {
+void backward_block(const Problem& q, const Block& b, const Slice& slice, const T* grad_output, Dots& dots) {
+  const int channels = static_cast<int>(slice.channels);
   int taken = 0;
   for (int channel = 0; channel < channels; channel += taken) {
     const BackwardChunk<T> run = backward_chunk_for<T, kDots, kScatter>(channels - channel, taken);
-    run(b, taps, channel, grad_output, stride, dots);
+    Slice chunk{nullptr, nullptr, slice.channels};
+    if constexpr (kDots) chunk.input = slice.input + channel;
+    if constexpr (kScatter) chunk.sums = slice.sums + channel;
+    run(q, b, chunk, grad_output + channel, channel > 0, dots);
   }
 }
 
-// The gradients of a block's samples: offsets, and the mask after softmax.
+// The gradients of a blocks samples: offsets, and the mask after softmax.
 struct PlaceGrads {
   alignas(64) float x[kMaxSamples], y[kMaxSamples], mask[kMaxSamples];
 };
 
 inline void place_grads(const Block& b, const Dots& dots, float scale, PlaceGrads& grads) {
-  for (int s = 0; s < b.samples; s += 4) {
-    Vec<4> dot[4];
-    for (int i = 0; i < 4; ++i) dot[i] = load<4>(dots.value + 4 * (s + i));
-    transpose4(dot);
-    Flags<4> counts;
+  constexpr int L = DCNGEN_WIDE_LANES;
+  for (int s = 0; s < b.samples; s += L) {
+    Vec<L> dot[4];
+    for (int i = 0; i < 4; ++i) dot[i] = load<L>(dots.value + 4 * s + i * L);
+    split_quadruples<L>(dot);
+    Flags<L> counts;
     __builtin_memcpy(&counts, b.counts + s, sizeof(counts));
-    const Vec<4> lx = load<4>(b.x + s), ly = load<4>(b.y + s), factor = scale * load<4>(b.mask + s);
-    const Vec<4> top = dot[1] - dot[0], bottom = dot[3] - dot[2];  // d(bilinear)/dx in the two rows
-    const Vec<4> upper = dot[0] + lx * top, lower = dot[2] + lx * bottom;
-    const Vec<4> grad_x = factor * (top + ly * (bottom - top)), grad_y = factor * (lower - upper);
-    const Vec<4> grad_mask = upper + ly * (lower - upper);
-    store<4>(grads.x + s, counts ? grad_x : Vec<4>{});
-    store<4>(grads.y + s, counts ? grad_y : Vec<4>{});
-    store<4>(grads.mask + s, counts ? grad_mask : Vec<4>{});
+    const Vec<L> lx = load<L>(b.x + s), ly = load<L>(b.y + s), factor = scale * load<L>(b.mask + s);
+    const Vec<L> top = dot[1] - dot[0], bottom = dot[3] - dot[2];  // d(bilinear)/dx in the two rows
+    const Vec<L> upper = dot[0] + lx * top, lower = dot[2] + lx * bottom;
+    const Vec<L> grad_x = factor * (top + ly * (bottom - top)), grad_y = factor * (lower - upper);
+    const Vec<L> grad_mask = upper + ly * (lower - upper);
+    store<L>(grads.x + s, counts ? grad_x : Vec<L>{});
+    store<L>(grads.y + s, counts ? grad_y : Vec<L>{});
+    store<L>(grads.mask + s, counts ? grad_mask : Vec<L>{});
   }
 }
 
@@ -119,18 +145,19 @@ void write_place_grads(const Problem& q, const Block& b, const Dots& dots, T* to
   place_grads(b, dots, q.p.offset_scale, grads);
   float buffer[3 * kMaxSamples];
   int s = 0;
-  for (int pixel = 0; pixel < b.pixels; ++pixel, to += q.p.grad_offset_mask_pixel_stride) {
+  for (int pixel = 0; pixel < b.pixels; ++pixel, to += q.p.grad_offset_mask_pixel_stride, s += taps) {
     if (q.p.softmax) softmax_grads(b.mask + s, grads.mask + s, taps);
     float* values = assembly_of(to, buffer);
-    int k = 0;
-    for (; k + L <= taps; k += L, s += L) {
-      join_pairs<L>(values + 2 * k, load<L>(grads.x + s), load<L>(grads.y + s));
-      store<L>(values + 2 * taps + k, load<L>(grads.mask + s));
-    }
-    for (; k < taps; ++k, ++s) {
-      values[2 * k] = grads.x[s];
-      values[2 * k + 1] = grads.y[s];
-      values[2 * taps + k] = grads.mask[s];
+    int k = for_each_vector<L>(taps, [&](int k) {
+      const Vec<L> x = load<L>(grads.x + s + k), y = load<L>(grads.y + s + k);
+      store<L>(values + 2 * k, joined_low<L>(x, y));
+      store<L>(values + 2 * k + L, joined_high<L>(x, y));
+      store<L>(values + 2 * taps + k, load<L>(grads.mask + s + k));
+    });
+    for (; k < taps; ++k) {
+      values[2 * k] = grads.x[s + k];
+      values[2 * k + 1] = grads.y[s + k];
+      values[2 * taps + k] = grads.mask[s + k];
     }
     finish(to, values, 3 * taps);
   }
@@ -147,41 +174,26 @@ void clear_padding(const Problem& q, T* row_begin) {
   }
 }
 
-// Where the sums of the input gradient of one slice are kept: pixels of `channels` floats, one more at the end that
-// takes what falls outside the image.
-struct Slice {
-  float* sums;
-  int first_channel, channels;
+// What is known of a block, kept from block to block for its memory.
+struct Samples {
+  Block block;
+  Dots dots;
 };
 
-// One output row of one group. slice: where the input gradient is summed (kScatter), nullptr otherwise.
+// One output row of one group, of whose channels the slice holds those from first_channel on.
 template <class T, bool kDots, bool kScatter>
-void backward_row(const Backward& b, const Row& row, const Slice* slice) {
+void backward_row(const Backward& b, const Row& row, const Slice& slice, int first_channel, Samples& samples) {
   const Problem& q = *b.problem;
   const auto& p = q.p;
   const int64_t line = (row.image * p.height_out + row.y) * p.width_out;
-  const int first_channel = kScatter ? slice->first_channel : 0;
-  const int channels = kScatter ? slice->channels : p.group_channels;
-  const T* input = group_of<T>(p, b.input, row.image, row.group);
   const T* grad_output = static_cast<const T*>(b.grad_output) + line * p.output_pixel_stride +
                          int64_t{row.group} * p.group_channels + first_channel;
   T* grad_line = static_cast<T*>(b.grad_offset_mask) + line * p.grad_offset_mask_pixel_stride;
-  Block block;
-  Dots dots{};
   for_each_block(q, [&](int64_t x, int pixels) {
-    find_places<T>(q, b.offset_mask, row, x, pixels, block);
+    find_places<T>(q, b.offset_mask, row, x, pixels, samples.block);
+    backward_block<T, kDots, kScatter>(q, samples.block, slice, grad_output + x * p.output_pixel_stride, samples.dots);
     if constexpr (kDots) {
-      resolve(block, input, p.input_pixel_stride * int64_t{sizeof(T)}, b.zeros, block.source);
-    }
-    if constexpr (kScatter) {
-      const int64_t stride = channels * int64_t{sizeof(float)};
-      const int64_t pixels_in = p.height_in * p.width_in;
-      resolve(block, slice->sums, stride, slice->sums + pixels_in * channels, block.target);
-    }
-    backward_block<T, kDots, kScatter>(block, q.taps, channels, grad_output + x * p.output_pixel_stride,
-                                       p.output_pixel_stride, dots);
-    if constexpr (kDots) {
-      write_place_grads(q, block, dots,
+      write_place_grads(q, samples.block, samples.dots,
                         grad_line + x * p.grad_offset_mask_pixel_stride + int64_t{3} * q.taps * row.group);
     }
   });
@@ -192,34 +204,50 @@ void backward_row(const Backward& b, const Row& row, const Slice* slice) {
 
 template <class T>
 void backward_rows(const Backward& b, int64_t first_row, int64_t last_row) {
+  const Problem& q = *b.problem;
+  Samples samples{};
   for (int64_t r = first_row; r < last_row; ++r) {
-    backward_row<T, true, false>(b, row_of(b.problem->p, r), nullptr);
+    const int64_t unit = r / q.p.height_out;
+    const Slice slice{b.images + unit * image_floats(q), nullptr, q.p.group_channels};
+    backward_row<T, true, false>(b, row_of(q.p, unit, r % q.p.height_out), slice, 0, samples);
+  }
+}
+
+// Rounds the finished sums of a slice into grad_input.
+template <class T>
+void write_input_grads(const Backward& b, int64_t unit, int first_channel, const Slice& slice) {
+  const Problem& q = *b.problem;
+  const auto& p = q.p;
+  T* to = unit_of(q, static_cast<T*>(b.grad_input), unit, p.grad_input_pixel_stride) + first_channel;
+  for (int64_t y = 0; y < p.height_in; ++y) {
+    const float* from = slice.sums + padded_row(q, y) * slice.channels;
+    for (int64_t x = 0; x < p.width_in; ++x, to += p.grad_input_pixel_stride, from += slice.channels) {
+      convert(to, from, slice.channels);
+    }
   }
 }
 
 template <class T>
 void backward_slices(const Backward& b, int64_t first_slice, int64_t last_slice, float* scratch, bool with_places) {
-  const auto& p = b.problem->p;
-  const int64_t pixels_in = p.height_in * p.width_in;
+  const Problem& q = *b.problem;
+  const auto& p = q.p;
+  Samples samples{};
   for (int64_t index = first_slice; index < last_slice; ++index) {
-    const int part = static_cast<int>(index % b.slices_per_group);
     const int64_t unit = index / b.slices_per_group;
-    const int first = part * b.slice_channels, rest = p.group_channels - first;
-    const Slice slice{scratch, first, rest < b.slice_channels ? rest : b.slice_channels};
-    Row row{unit / p.groups, 0, static_cast<int>(unit % p.groups)};
-
-    __builtin_memset(slice.sums, 0, static_cast<std::size_t>(pixels_in + 1) * slice.channels * sizeof(float));
-    for (row.y = 0; row.y < p.height_out; ++row.y) {
+    const int first = static_cast<int>(index % b.slices_per_group) * b.slice_channels;
+    const int rest = p.group_channels - first, channels = rest < b.slice_channels ? rest : b.slice_channels;
+    float* image = scratch + q.padded_pixels * channels;
+    const Slice slice{with_places ? image : nullptr, scratch, channels};
+    if (with_places) pad_unit<T>(q, b.input, unit, image);
+    clear(slice.sums, q.padded_pixels * channels);
+    for (int64_t y = 0; y < p.height_out; ++y) {
+      const Row row = row_of(p, unit, y);
       if (with_places) {
-        backward_row<T, true, true>(b, row, &slice);
+        backward_row<T, true, true>(b, row, slice, first, samples);
       } else {
-        backward_row<T, false, true>(b, row, &slice);
+        backward_row<T, false, true>(b, row, slice, first, samples);
       }
     }
-    T* to = static_cast<T*>(b.grad_input) + row.image * pixels_in * p.grad_input_pixel_stride +
-            int64_t{row.group} * p.group_channels + first;
-    for (int64_t pixel = 0; pixel < pixels_in; ++pixel) {
-      convert(to + pixel * p.grad_input_pixel_stride, slice.sums + pixel * slice.channels, slice.channels);
-    }
+    write_input_grads<T>(b, unit, first, slice);
   }
 }

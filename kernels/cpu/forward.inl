@@ -1,28 +1,31 @@
 // Forward: output = sum over taps and corners of weight * input, V vectors of L channels held in registers.
 
+// image: the padded image from the chunk's first channel on; `channels` floats a pixel.
 template <class T, int L, int V>
-void gather(const Block& b, int taps, int channel, T* output, int64_t stride) {
+void gather(const Problem& q, const Block& b, const float* image, int64_t channels, T* output) {
   constexpr int kSums = V >= 4 ? 2 : 4;  // independent sums, to hide the latency of the additions
+  const int taps = q.taps;
+  const int64_t corners[4] = {0, channels, q.padded_width * channels, (q.padded_width + 1) * channels};
   for (int pixel = 0; pixel < b.pixels; ++pixel) {
     Vec<L> sum[kSums][V] = {};
     const int end = (pixel + 1) * taps;
     for (int s = pixel * taps; s < end; ++s) {
+      const float* first = image + b.pixel[s] * channels;
       for (int c = 0; c < 4; ++c) {
-        const T* source = reinterpret_cast<const T*>(b.source[c][s]) + channel;
         const Vec<L> weight = splat<L>(b.weight[c][s]);
-        for (int v = 0; v < V; ++v) sum[c % kSums][v] += weight * load<L>(source + v * L);
+        for (int v = 0; v < V; ++v) sum[c % kSums][v] += weight * load<L>(first + corners[c] + v * L);
       }
     }
     for (int v = 0; v < V; ++v) {
       Vec<L> total = sum[0][v] + sum[1][v];
       if constexpr (kSums == 4) total += sum[2][v] + sum[3][v];
-      store<L>(output + pixel * stride + channel + v * L, total);
+      store<L>(output + pixel * q.p.output_pixel_stride + v * L, total);
     }
   }
 }
 
 template <class T>
-using Gather = void (*)(const Block&, int taps, int channel, T* output, int64_t stride);
+using Gather = void (*)(const Problem&, const Block&, const float* image, int64_t channels, T* output);
 
 // The widest kernel for `channels` more channels; `taken` says how many of them it does.
 template <class T>
@@ -49,24 +52,33 @@ Gather<T> gather_for(int channels, int& taken) {
 }
 
 template <class T>
-void forward_rows(const Forward& f, int64_t first_row, int64_t last_row) {
+void forward_row(const Forward& f, const Row& row, const float* image, Block& block) {
   const Problem& q = *f.problem;
   const auto& p = q.p;
-  Block block;
+  T* output = static_cast<T*>(f.output) + (row.image * p.height_out + row.y) * p.width_out * p.output_pixel_stride +
+              int64_t{row.group} * p.group_channels;
+  for_each_block(q, [&](int64_t x, int pixels) {
+    find_places<T>(q, f.offset_mask, row, x, pixels, block);
+    int taken = 0;
+    for (int channel = 0; channel < p.group_channels; channel += taken) {
+      const Gather<T> run = gather_for<T>(p.group_channels - channel, taken);
+      run(q, block, image + channel, p.group_channels, output + x * p.output_pixel_stride + channel);
+    }
+  });
+}
+
+template <class T>
+void forward_rows(const Forward& f, int64_t first_row, int64_t last_row, float* scratch) {
+  const Problem& q = *f.problem;
+  Block block{};
+  int64_t in_scratch = -1;  // the unit whose padded image that is
   for (int64_t r = first_row; r < last_row; ++r) {
-    const Row row = row_of(p, r);
-    const T* input = group_of<T>(p, f.input, row.image, row.group);
-    T* output = static_cast<T*>(f.output) +
-                (row.image * p.height_out + row.y) * p.width_out * p.output_pixel_stride +
-                int64_t{row.group} * p.group_channels;
-    for_each_block(q, [&](int64_t x, int pixels) {
-      find_places<T>(q, f.offset_mask, row, x, pixels, block);
-      resolve(block, input, p.input_pixel_stride * int64_t{sizeof(T)}, f.zeros, block.source);
-      int taken = 0;
-      for (int channel = 0; channel < p.group_channels; channel += taken) {
-        const Gather<T> run = gather_for<T>(p.group_channels - channel, taken);
-        run(block, q.taps, channel, output + x * p.output_pixel_stride, p.output_pixel_stride);
-      }
-    });
+    const int64_t unit = r / q.p.height_out;
+    if (!f.images && unit != in_scratch) {
+      pad_unit<T>(q, f.input, unit, scratch);
+      in_scratch = unit;
+    }
+    const float* image = f.images ? f.images + unit * image_floats(q) : scratch;
+    forward_row<T>(f, row_of(q.p, unit, r % q.p.height_out), image, block);
   }
 }

@@ -6,6 +6,7 @@
 
 namespace dcngen_cpu {
 namespace {
+#include "padded.inl"
 #include "places.inl"
 #include "forward.inl"
 #include "backward.inl"
@@ -19,8 +20,12 @@ void with_dtype(const Problem& problem, Run run) {
   }
 }
 
-void forward_entry(const Forward& f, int64_t first, int64_t last) {
-  with_dtype(*f.problem, [&](auto t) { forward_rows<decltype(t)>(f, first, last); });
+void pad_entry(const Problem& problem, const void* input, float* images, int64_t first, int64_t last) {
+  with_dtype(problem, [&](auto t) { pad_lines<decltype(t)>(problem, input, images, first, last); });
+}
+
+void forward_entry(const Forward& f, int64_t first, int64_t last, float* scratch) {
+  with_dtype(*f.problem, [&](auto t) { forward_rows<decltype(t)>(f, first, last, scratch); });
 }
 
 void backward_places_entry(const Backward& b, int64_t first, int64_t last) {
@@ -32,6 +37,7 @@ void backward_slices_entry(const Backward& b, int64_t first, int64_t last, float
 }
 }  // namespace
 
-const Kernels DCNGEN_KERNELS = {DCNGEN_ISA_NAME, forward_entry, backward_places_entry, backward_slices_entry};
+const Kernels DCNGEN_KERNELS = {DCNGEN_ISA_NAME, pad_entry, forward_entry, backward_places_entry,
+                                backward_slices_entry};
 
 }  // namespace dcngen_cpu

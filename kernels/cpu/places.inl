@@ -9,12 +9,9 @@ struct Block {
   alignas(64) int32_t column[kMaxSamples];           // the output pixel's place in x
   alignas(64) float mask[kMaxSamples];               // after softmax
   alignas(64) int32_t counts[kMaxSamples];           // -1 where -1 < x < W and -1 < y < H, 0 elsewhere
-  // For the corners y0x0, y0x1, y1x0, y1x1: mask * bilinear weight, 0 where the sample does not count; the pixel's
-  // index in the image, -1 outside; the addresses of the group's channels there, in the input and in grad_input.
+  // For the corners y0x0, y0x1, y1x0, y1x1: mask * bilinear weight, 0 where the sample does not count.
   alignas(64) float weight[4][kMaxSamples];
-  alignas(64) int32_t pixel[4][kMaxSamples];
-  alignas(64) const char* source[4][kMaxSamples];
-  alignas(64) char* target[4][kMaxSamples];
+  alignas(64) uint32_t pixel[kMaxSamples];  // of the padded image, that corner y0x0 lies on
 };
 static_assert(kMaxSamples % Block::kPad == 0, "whole vectors");
 
@@ -23,9 +20,18 @@ struct Row {  // one output row of one group
   int group;
 };
 
-inline Row row_of(const dcngen_dcnv4_params& p, int64_t row) {
-  const int64_t line = row / p.groups;
-  return {line / p.height_out, line % p.height_out, static_cast<int>(row % p.groups)};
+inline Row row_of(const dcngen_dcnv4_params& p, int64_t unit, int64_t y) {
+  return {unit / p.groups, y, static_cast<int>(unit % p.groups)};
+}
+
+// Calls run(k) until the taps from k to k + L, vector after vector, have been all `taps`: the last vector ends with the
+// last tap and so may begin among those of the one before. What fills no vector is left: returns the taps done.
+template <int L, class Run>
+inline int for_each_vector(int taps, Run run) {
+  if (taps < L) return 0;
+  for (int k = 0; k < taps - L; k += L) run(k);
+  run(taps - L);
+  return taps;
 }
 
 // The 3 * taps values of one (pixel, group) as floats: in place where they are floats already.
@@ -48,22 +54,20 @@ inline void read_samples(const Problem& q, const T* from, int64_t first_x, Block
     const float* values = as_floats(from, buffer, 3 * taps);
     const float* masks = values + 2 * taps;
     const int32_t column = static_cast<int32_t>(q.origin_x + (first_x + pixel) * q.p.stride_w);
-    int k = 0;
-    for (; k + L <= taps; k += L, s += L) {
-      Vec<L> x, y;
-      split_pairs<L>(values + 2 * k, x, y);
-      store<L>(b.x + s, splat<L>(scale) * (load<L>(q.grid_x + k) + x));
-      store<L>(b.y + s, splat<L>(scale) * (load<L>(q.grid_y + k) + y));
-      store<L>(b.mask + s, load<L>(masks + k));
-      const Flags<L> columns = Flags<L>{} + column;
-      __builtin_memcpy(b.column + s, &columns, sizeof(columns));
+    int k = for_each_vector<L>(taps, [&](int k) {
+      const Vec<L> low = load<L>(values + 2 * k), high = load<L>(values + 2 * k + L);
+      store<L>(b.x + s + k, splat<L>(scale) * (load<L>(q.grid_x + k) + evens<L>(low, high)));
+      store<L>(b.y + s + k, splat<L>(scale) * (load<L>(q.grid_y + k) + odds<L>(low, high)));
+      store<L>(b.mask + s + k, load<L>(masks + k));
+      put<L>(b.column + s + k, Flags<L>{} + column);
+    });
+    for (; k < taps; ++k) {
+      b.x[s + k] = scale * (q.grid_x[k] + values[2 * k]);
+      b.y[s + k] = scale * (q.grid_y[k] + values[2 * k + 1]);
+      b.mask[s + k] = masks[k];
+      b.column[s + k] = column;
     }
-    for (; k < taps; ++k, ++s) {
-      b.x[s] = scale * (q.grid_x[k] + values[2 * k]);
-      b.y[s] = scale * (q.grid_y[k] + values[2 * k + 1]);
-      b.mask[s] = masks[k];
-      b.column[s] = column;
-    }
+    s += taps;
   }
   for (; s % Block::kPad; ++s) b.x[s] = b.y[s] = b.mask[s] = 0.f, b.column[s] = 0;
 }
@@ -131,7 +135,9 @@ inline Coordinate<L> coordinate(Flags<L> origin, Vec<L> shift, int32_t size) {
 inline void locate(const Problem& q, int32_t line, Block& b) {
   constexpr int L = DCNGEN_WIDE_LANES;
   const int32_t width = static_cast<int32_t>(q.p.width_in), height = static_cast<int32_t>(q.p.height_in);
-  const auto put = [](int32_t* to, Flags<L> value) { __builtin_memcpy(to, &value, sizeof(value)); };
+  // Indices of pixels fill 32 bits, so they are computed without a sign.
+  using Indices = typename Lanes<L>::Word;
+  const uint32_t padded_width = static_cast<uint32_t>(q.padded_width), nowhere = static_cast<uint32_t>(pixel_nowhere(q));
   for (int s = 0; s < b.samples; s += L) {
     Flags<L> column;
     __builtin_memcpy(&column, b.column + s, sizeof(column));
@@ -140,14 +146,9 @@ inline void locate(const Problem& q, int32_t line, Block& b) {
     const Flags<L> counts = x.inside & y.inside;
     const Vec<L> lx = counts ? x.distance : Vec<L>{}, ly = counts ? y.distance : Vec<L>{};
     const Vec<L> mask = counts ? load<L>(b.mask + s) : Vec<L>{};
-    const Flags<L> x0 = x.whole & counts, y0 = y.whole & counts;
-    const Flags<L> left = counts & (x0 >= 0), right = counts & (x0 < width - 1);
-    const Flags<L> top = y0 >= 0, bottom = y0 < height - 1;
-    const Flags<L> corner = y0 * width + x0;
-    put(b.pixel[0] + s, corner | ~(top & left));
-    put(b.pixel[1] + s, (corner + 1) | ~(top & right));
-    put(b.pixel[2] + s, (corner + width) | ~(bottom & left));
-    put(b.pixel[3] + s, (corner + width + 1) | ~(bottom & right));
+    const Indices column_in = bits_as<Indices>(x.whole + 1), row_in = bits_as<Indices>(y.whole + 1);
+    const Indices corner = counts ? row_in * padded_width + column_in : Indices{} + nowhere;
+    __builtin_memcpy(b.pixel + s, &corner, sizeof(corner));
     const Vec<L> lower = mask * ly, upper = mask - lower;
     store<L>(b.weight[0] + s, upper - upper * lx);
     store<L>(b.weight[1] + s, upper * lx);
@@ -155,27 +156,11 @@ inline void locate(const Problem& q, int32_t line, Block& b) {
     store<L>(b.weight[3] + s, lower * lx);
     store<L>(b.x + s, lx);
     store<L>(b.y + s, ly);
-    put(b.counts + s, counts);
+    put<L>(b.counts + s, counts);
   }
 }
 
-// Pixel indices to addresses: `base` + index * `stride` bytes, `outside` for corners outside the image. In integers,
-// since a vector of pointers cannot be selected from.
-template <class Pointer>
-inline void resolve(const Block& b, const void* base, int64_t stride, const void* outside,
-                    Pointer (&to)[4][kMaxSamples]) {
-  const int64_t begin = reinterpret_cast<int64_t>(base), fallback = reinterpret_cast<int64_t>(outside);
-  for (int c = 0; c < 4; ++c) {
-    for (int first = 0; first < b.samples; first += Block::kPad) {
-      for (int s = first; s < first + Block::kPad; ++s) {
-        const int64_t index = b.pixel[c][s];
-        to[c][s] = reinterpret_cast<Pointer>(index < 0 ? fallback : begin + index * stride);
-      }
-    }
-  }
-}
-
-// Fills a block with the samples of output pixels [first_x, first_x + pixels) of a row, apart from the addresses.
+// Fills a block with the samples of output pixels [first_x, first_x + pixels) of a row.
 template <class T>
 inline void find_places(const Problem& q, const void* offset_mask, const Row& row, int64_t first_x, int pixels,
                         Block& b) {
@@ -198,11 +183,4 @@ inline void for_each_block(const Problem& q, Run run) {
     const int64_t rest = q.p.width_out - x;
     run(x, static_cast<int>(rest < most ? rest : most));
   }
-}
-
-// The first channel of a group at the first pixel of an image.
-template <class T>
-inline const T* group_of(const dcngen_dcnv4_params& p, const void* input, int64_t image, int group) {
-  return static_cast<const T*>(input) + image * p.height_in * p.width_in * p.input_pixel_stride +
-         int64_t{group} * p.group_channels;
 }

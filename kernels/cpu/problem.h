@@ -22,6 +22,8 @@ struct Problem {
   dcngen_dcnv4_params p;
   int taps;
   int origin_x, origin_y;    // where the middle of the kernel of output (0, 0) lies in the input
+  int64_t padded_width;      // of a padded image (places.inl), in pixels
+  int64_t padded_pixels;
   float grid_x[kMaxSamples];  // the taps' places around the middle, before offset_scale
   float grid_y[kMaxSamples];
 };
@@ -30,8 +32,8 @@ struct Forward {
   const Problem* problem;
   const void* input;
   const void* offset_mask;
-  const void* zeros;  // one group's channels of zeros: what a corner outside the image reads
   void* output;
+  const float* images;  // the padded images of all units, or nullptr: each is then made in the scratch
 };
 
 struct Backward {
@@ -39,25 +41,29 @@ struct Backward {
   const void* grad_output;
   const void* input;
   const void* offset_mask;
-  const void* zeros;
   void* grad_input;
   void* grad_offset_mask;
+  const float* images;  // for backward_places
   // The input gradient is formed slice by slice; one slice is one image, one group and `slice_channels` of its
   // channels (the last slice of a group may have fewer).
   int slices_per_group;
   int slice_channels;
 };
 
-// The kernels of one instruction set. A row is one output row of one group: row = (n * height_out + oh) * groups + g;
-// a slice is (n * groups + g) * slices_per_group + part. Ranges are half open. No two rows or slices write the same
-// element, and each result is the same whichever range it is computed in.
+// The kernels of one instruction set. A unit is one group of one image, n * groups + g; a row one output row of a unit,
+// unit * height_out + oh; a slice is unit * slices_per_group + part. Ranges are half open. No two rows or slices write
+// the same element, and each result is the same whichever range it is computed in.
 struct Kernels {
   const char* name;
-  void (*forward)(const Forward&, int64_t first_row, int64_t last_row);
+  // Padded images, padded_pixels * group_channels floats a unit. Line unit * (height_in + 1) + y is row y of the input;
+  // with y == height_in it is the zeros above and below.
+  void (*pad)(const Problem&, const void* input, float* images, int64_t first_line, int64_t last_line);
+  // scratch: one padded image, used where f.images is nullptr.
+  void (*forward)(const Forward& f, int64_t first_row, int64_t last_row, float* scratch);
   // grad_offset_mask alone.
   void (*backward_places)(const Backward&, int64_t first_row, int64_t last_row);
-  // grad_input, summed in `scratch` ((height_in * width_in + 1) * slice_channels floats, any contents) and rounded
-  // once; with_places: grad_offset_mask as well, which needs slices_per_group == 1.
+  // grad_input, summed in `scratch` (padded_pixels * slice_channels floats, any contents) and rounded once; with_places:
+  // grad_offset_mask as well, which needs slices_per_group == 1 and twice the scratch, for the padded input.
   void (*backward_slices)(const Backward&, int64_t first_slice, int64_t last_slice, float* scratch, bool with_places);
 };
 

@@ -62,56 +62,46 @@ inline Vec<L> splat(float value) {
   }
 }
 
-// --- pairs: even and odd elements apart, and together again ---
+// --- pairs: even and odd elements of two vectors apart, and together again ---
 
 template <int L>
-inline void split_pairs(const float* from, Vec<L>& even, Vec<L>& odd);
+inline Vec<L> evens(Vec<L> low, Vec<L> high);
 template <int L>
-inline void join_pairs(float* to, Vec<L> even, Vec<L> odd);
+inline Vec<L> odds(Vec<L> low, Vec<L> high);
+template <int L>
+inline Vec<L> joined_low(Vec<L> even, Vec<L> odd);
+template <int L>
+inline Vec<L> joined_high(Vec<L> even, Vec<L> odd);
 
-template <>
-inline void split_pairs<4>(const float* from, Vec<4>& even, Vec<4>& odd) {
-  Vec<4> low, high;
-  __builtin_memcpy(&low, from, sizeof(low));
-  __builtin_memcpy(&high, from + 4, sizeof(high));
-  even = DCNGEN_SHUFFLE(4, low, high, 0, 2, 4, 6);
-  odd = DCNGEN_SHUFFLE(4, low, high, 1, 3, 5, 7);
-}
+#define DCNGEN_PAIRWISE(L, name, ...) \
+  template <>                         \
+  inline Vec<L> name<L>(Vec<L> a, Vec<L> b) { return DCNGEN_SHUFFLE(L, a, b, __VA_ARGS__); }
 
-template <>
-inline void join_pairs<4>(float* to, Vec<4> even, Vec<4> odd) {
-  const Vec<4> low = DCNGEN_SHUFFLE(4, even, odd, 0, 4, 1, 5), high = DCNGEN_SHUFFLE(4, even, odd, 2, 6, 3, 7);
-  __builtin_memcpy(to, &low, sizeof(low));
-  __builtin_memcpy(to + 4, &high, sizeof(high));
-}
-
+DCNGEN_PAIRWISE(4, evens, 0, 2, 4, 6)
+DCNGEN_PAIRWISE(4, odds, 1, 3, 5, 7)
+DCNGEN_PAIRWISE(4, joined_low, 0, 4, 1, 5)
+DCNGEN_PAIRWISE(4, joined_high, 2, 6, 3, 7)
 #if defined(__AVX__)
-template <>
-inline void split_pairs<8>(const float* from, Vec<8>& even, Vec<8>& odd) {
-  Vec<8> low, high;
-  __builtin_memcpy(&low, from, sizeof(low));
-  __builtin_memcpy(&high, from + 8, sizeof(high));
-  even = DCNGEN_SHUFFLE(8, low, high, 0, 2, 4, 6, 8, 10, 12, 14);
-  odd = DCNGEN_SHUFFLE(8, low, high, 1, 3, 5, 7, 9, 11, 13, 15);
-}
-
-template <>
-inline void join_pairs<8>(float* to, Vec<8> even, Vec<8> odd) {
-  const Vec<8> low = DCNGEN_SHUFFLE(8, even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
-  const Vec<8> high = DCNGEN_SHUFFLE(8, even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
-  __builtin_memcpy(to, &low, sizeof(low));
-  __builtin_memcpy(to + 8, &high, sizeof(high));
-}
+DCNGEN_PAIRWISE(8, evens, 0, 2, 4, 6, 8, 10, 12, 14)
+DCNGEN_PAIRWISE(8, odds, 1, 3, 5, 7, 9, 11, 13, 15)
+DCNGEN_PAIRWISE(8, joined_low, 0, 8, 1, 9, 2, 10, 3, 11)
+DCNGEN_PAIRWISE(8, joined_high, 4, 12, 5, 13, 6, 14, 7, 15)
 #endif
+#if defined(__AVX512F__)
+DCNGEN_PAIRWISE(16, evens, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+DCNGEN_PAIRWISE(16, odds, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#endif
+#undef DCNGEN_PAIRWISE
 
-// Row i of v becomes column i.
-inline void transpose4(Vec<4> (&v)[4]) {
-  const Vec<4> a = DCNGEN_SHUFFLE(4, v[0], v[1], 0, 4, 1, 5), b = DCNGEN_SHUFFLE(4, v[2], v[3], 0, 4, 1, 5);
-  const Vec<4> c = DCNGEN_SHUFFLE(4, v[0], v[1], 2, 6, 3, 7), d = DCNGEN_SHUFFLE(4, v[2], v[3], 2, 6, 3, 7);
-  v[0] = DCNGEN_SHUFFLE(4, a, b, 0, 1, 4, 5);
-  v[1] = DCNGEN_SHUFFLE(4, a, b, 2, 3, 6, 7);
-  v[2] = DCNGEN_SHUFFLE(4, c, d, 0, 1, 4, 5);
-  v[3] = DCNGEN_SHUFFLE(4, c, d, 2, 3, 6, 7);
+// v[0..3] hold L quadruples one after the other; afterwards v[i] holds element i of each.
+template <int L>
+inline void split_quadruples(Vec<L> (&v)[4]) {
+  const Vec<L> even_low = evens<L>(v[0], v[1]), even_high = evens<L>(v[2], v[3]);
+  const Vec<L> odd_low = odds<L>(v[0], v[1]), odd_high = odds<L>(v[2], v[3]);
+  v[0] = evens<L>(even_low, even_high);
+  v[1] = evens<L>(odd_low, odd_high);
+  v[2] = odds<L>(even_low, even_high);
+  v[3] = odds<L>(odd_low, odd_high);
 }
 
 // --- widening and narrowing of 16-bit lanes ---
@@ -255,6 +245,11 @@ inline void convert(To* to, const From* from, int64_t count) {
   for (; c < count; ++c) store<1>(to + c, load<1>(from + c));
 }
 
+template <int L>
+inline void put(int32_t* to, Flags<L> value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
 // --- sums over lanes ---
 
 // Lane i: the sum of the lanes of v[i].
@@ -267,7 +262,7 @@ inline Vec<4> sums_of(Vec<L> (&v)[4]) {
   }
 #endif
   if constexpr (L == 4) {
-    transpose4(v);
+    split_quadruples<4>(v);  // a transpose
     return (v[0] + v[1]) + (v[2] + v[3]);
   }
   if constexpr (L == 1) return Vec<4>{v[0], v[1], v[2], v[3]};
