@@ -14,41 +14,49 @@ struct Slice {
   int64_t channels;
 };
 
-template <int L>
-Vec<4> corner_dots(const Vec<L>* grad, int vectors, const float* first, const int64_t (&corners)[4]) {
+// The products of the pixel's grad_output with the input at the four corners of a sample; `next`: to the next pixel.
+template <int L, int V>
+[[gnu::always_inline]] inline Vec<4> corner_dots(const Vec<L> (&grad)[V], const float* top, const float* bottom,
+                                                 int64_t next) {
+  const float* const corner[4] = {top, top + next, bottom, bottom + next};
   Vec<L> dot[4];
   for (int c = 0; c < 4; ++c) {
-    dot[c] = grad[0] * load<L>(first + corners[c]);
-    for (int v = 1; v < vectors; ++v) dot[c] += grad[v] * load<L>(first + corners[c] + v * L);
+    dot[c] = grad[0] * load<L>(corner[c]);
+    for (int v = 1; v < V; ++v) dot[c] += grad[v] * load<L>(corner[c] + v * L);
   }
   return sums_of<L>(dot);
 }
 
-// L lanes for the dot products, W for the sums of the input gradient.
-template <class T, int L, int V, bool kDots, bool kScatter>
+// L lanes for the dot products, W for the sums of the input gradient. kWhole: the slice has no other channels.
+template <class T, int L, int V, bool kDots, bool kScatter, bool kWhole>
 void backward_chunk(const Problem& q, const Block& b, const Slice& slice, const T* grad_output, bool add, Dots& dots) {
   constexpr int W = L * V % DCNGEN_WIDE_LANES == 0 ? DCNGEN_WIDE_LANES : L, kWide = L * V / W;
-  const int64_t channels = slice.channels;
-  const int64_t corners[4] = {0, channels, q.padded_width * channels, (q.padded_width + 1) * channels};
-  for (int pixel = 0; pixel < b.pixels; ++pixel) {
-    const T* from = grad_output + pixel * q.p.output_pixel_stride;
+  // Copies: as far as the compiler knows, a store of floats may change whatever is behind a pointer.
+  const int64_t channels = kWhole ? L * V : slice.channels, line = q.padded_width * channels, stride = q.p.output_pixel_stride;
+  const float* const input = slice.input;
+  float* const sums = slice.sums;
+  const int taps = q.taps, samples = b.samples;
+  for (int s = 0; s < samples; grad_output += stride) {
+    prefetch<false>(grad_output, stride, V * L);
     Vec<L> grad[V];
     Vec<W> wide[kWide];
-    for (int v = 0; v < V; ++v) grad[v] = load<L>(from + v * L);
-    for (int v = 0; v < kWide; ++v) wide[v] = load<W>(from + v * W);
-    const int end = (pixel + 1) * q.taps;
-    for (int s = pixel * q.taps; s < end; ++s) {
+    for (int v = 0; v < V; ++v) grad[v] = load<L>(grad_output + v * L);
+    for (int v = 0; v < kWide; ++v) wide[v] = load<W>(grad_output + v * W);
+    for (const int end = s + taps; s < end; ++s) {
       const int64_t first = b.pixel[s] * channels;
       if constexpr (kDots) {
-        Vec<4> sums = corner_dots<L>(grad, V, slice.input + first, corners);
-        if (add) sums += load<4>(dots.value + 4 * s);
-        store<4>(dots.value + 4 * s, sums);
+        Vec<4> products = corner_dots<L, V>(grad, input + first, input + first + line, channels);
+        if (!kWhole && add) products += load<4>(dots.value + 4 * s);
+        store<4>(dots.value + 4 * s, products);
       }
       if constexpr (kScatter) {
+        float *const top = sums + first, *const bottom = top + line;
+        float* const corner[4] = {top, top + channels, bottom, bottom + channels};
         for (int c = 0; c < 4; ++c) {
-          float* target = slice.sums + first + corners[c];
           const Vec<W> weight = splat<W>(b.weight[c][s]);
-          for (int v = 0; v < kWide; ++v) store<W>(target + v * W, load<W>(target + v * W) + weight * wide[v]);
+          for (int v = 0; v < kWide; ++v) {
+            store<W>(corner[c] + v * W, load<W>(corner[c] + v * W) + weight * wide[v]);
+          }
         }
       }
     }
@@ -60,40 +68,40 @@ template <class T>
 using BackwardChunk = void (*)(const Problem&, const Block&, const Slice&, const T* grad_output, bool add, Dots& dots);
 
 // The widest kernel for `channels` more channels; `taken` says how many of them it does.
-template <class T, bool kDots, bool kScatter>
+template <class T, bool kDots, bool kScatter, bool kWhole>
 BackwardChunk<T> backward_chunk_for(int channels, int& taken) {
   constexpr int L = DCNGEN_DOT_LANES;
   const int vectors = channels / L >= 8 ? 8 : channels / L < 4 ? channels / L : 4;
   taken = vectors * L;
   switch (vectors) {
-    case 8: return backward_chunk<T, L, 8, kDots, kScatter>;
-    case 4: return backward_chunk<T, L, 4, kDots, kScatter>;
-    case 3: return backward_chunk<T, L, 3, kDots, kScatter>;
-    case 2: return backward_chunk<T, L, 2, kDots, kScatter>;
-    case 1: return backward_chunk<T, L, 1, kDots, kScatter>;
+    case 8: return backward_chunk<T, L, 8, kDots, kScatter, kWhole>;
+    case 4: return backward_chunk<T, L, 4, kDots, kScatter, kWhole>;
+    case 3: return backward_chunk<T, L, 3, kDots, kScatter, kWhole>;
+    case 2: return backward_chunk<T, L, 2, kDots, kScatter, kWhole>;
+    case 1: return backward_chunk<T, L, 1, kDots, kScatter, kWhole>;
   }
   if constexpr (L > 4) {
     taken = 4;
-    if (channels >= 4) return backward_chunk<T, 4, 1, kDots, kScatter>;
+    if (channels >= 4) return backward_chunk<T, 4, 1, kDots, kScatter, kWhole>;
   }
   taken = 1;
-  return backward_chunk<T, 1, 1, kDots, kScatter>;
+  return backward_chunk<T, 1, 1, kDots, kScatter, kWhole>;
 }
 
 template <class T, bool kDots, bool kScatter>
 void backward_block(const Problem& q, const Block& b, const Slice& slice, const T* grad_output, Dots& dots) {
   const int channels = static_cast<int>(slice.channels);
   int taken = 0;
+  const BackwardChunk<T> whole = backward_chunk_for<T, kDots, kScatter, true>(channels, taken);
+  if (taken == channels) return whole(q, b, slice, grad_output, false, dots);
   for (int channel = 0; channel < channels; channel += taken) {
-    const BackwardChunk<T> run = backward_chunk_for<T, kDots, kScatter>(channels - channel, taken);
-    Slice chunk{nullptr, nullptr, slice.channels};
-    if constexpr (kDots) chunk.input = slice.input + channel;
-    if constexpr (kScatter) chunk.sums = slice.sums + channel;
+    const BackwardChunk<T> run = backward_chunk_for<T, kDots, kScatter, false>(channels - channel, taken);
+    const Slice chunk{kDots ? slice.input + channel : nullptr, kScatter ? slice.sums + channel : nullptr, channels};
     run(q, b, chunk, grad_output + channel, channel > 0, dots);
   }
 }
 
-// The gradients of a blocks samples: offsets, and the mask after softmax.
+// The gradients of a block's samples: offsets, and the mask after softmax.
 struct PlaceGrads {
   alignas(64) float x[kMaxSamples], y[kMaxSamples], mask[kMaxSamples];
 };
@@ -147,6 +155,7 @@ void write_place_grads(const Problem& q, const Block& b, const Dots& dots, T* to
   int s = 0;
   for (int pixel = 0; pixel < b.pixels; ++pixel, to += q.p.grad_offset_mask_pixel_stride, s += taps) {
     if (q.p.softmax) softmax_grads(b.mask + s, grads.mask + s, taps);
+    prefetch<true>(to, q.p.grad_offset_mask_pixel_stride, 3 * taps);
     float* values = assembly_of(to, buffer);
     int k = for_each_vector<L>(taps, [&](int k) {
       const Vec<L> x = load<L>(grads.x + s + k), y = load<L>(grads.y + s + k);

@@ -51,6 +51,7 @@ inline void read_samples(const Problem& q, const T* from, int64_t first_x, Block
   float buffer[3 * kMaxSamples];
   int s = 0;
   for (int pixel = 0; pixel < b.pixels; ++pixel, from += q.p.offset_mask_pixel_stride) {
+    prefetch<false>(from, q.p.offset_mask_pixel_stride, 3 * taps);
     const float* values = as_floats(from, buffer, 3 * taps);
     const float* masks = values + 2 * taps;
     const int32_t column = static_cast<int32_t>(q.origin_x + (first_x + pixel) * q.p.stride_w);

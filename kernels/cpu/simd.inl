@@ -250,6 +250,16 @@ inline void put(int32_t* to, Flags<L> value) {
   __builtin_memcpy(to, &value, sizeof(value));
 }
 
+// Asks for `count` elements of the pixel that comes 16 after this one: the few lines a pixel that one group has are too
+// far apart for the processor to see a stream in them. Where that lies behind the tensor's end nothing happens.
+template <bool kWrite, class T>
+inline void prefetch(const T* pixel, int64_t stride, int count) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pixel) + static_cast<uintptr_t>(16 * stride) * sizeof(T);
+  const uintptr_t end = begin + static_cast<uintptr_t>(count) * sizeof(T);
+  for (uintptr_t at = begin; at < end; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(at), kWrite);
+  __builtin_prefetch(reinterpret_cast<const void*>(end - 1), kWrite);
+}
+
 // --- sums over lanes ---
 
 // Lane i: the sum of the lanes of v[i].
