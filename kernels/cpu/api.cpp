@@ -190,7 +190,9 @@ void run_forward(const Problem& q, Forward f, int num_threads) {
   if (units_of(q) < kUnitsPerThread * threads.useful && threads.useful > 1) {
     const Floats images = padded_images(q, f.input, threads);
     f.images = images.data();
-    share_out(rows_of(q), threads, [&](int, int64_t first, int64_t last) { kernels().forward(f, first, last, nullptr); });
+    share_out(rows_of(q), threads, [&](int, int64_t first, int64_t last) {
+      kernels().forward(f, first, last, nullptr);
+    });
     return;
   }
   const std::vector<Floats> scratch = scratch_for(threads, q.padded_pixels * p.group_channels);

@@ -31,8 +31,9 @@ template <int L, int V>
 template <class T, int L, int V, bool kDots, bool kScatter, bool kWhole>
 void backward_chunk(const Problem& q, const Block& b, const Slice& slice, const T* grad_output, bool add, Dots& dots) {
   constexpr int W = L * V % DCNGEN_WIDE_LANES == 0 ? DCNGEN_WIDE_LANES : L, kWide = L * V / W;
-  // Copies: as far as the compiler knows, a store of floats may change whatever is behind a pointer.
-  const int64_t channels = kWhole ? L * V : slice.channels, line = q.padded_width * channels, stride = q.p.output_pixel_stride;
+  // Copies, since a store of floats may change whatever is behind a pointer, as far as the compiler knows.
+  const int64_t channels = kWhole ? L * V : slice.channels, line = q.padded_width * channels;
+  const int64_t stride = q.p.output_pixel_stride;
   const float* const input = slice.input;
   float* const sums = slice.sums;
   const int taps = q.taps, samples = b.samples;

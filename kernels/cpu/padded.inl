@@ -1,6 +1,7 @@
-// Padded images: one group of one image as floats, pixel after pixel, with zeros around it. Every corner of every sample
-// then has an address of its own, whose value is read (or added to) without asking whether it lies in the image; it
-// also brings together what, in the input, lies a whole pixel of all groups apart: cache sets and pages are used evenly.
+// Padded images: one group of one image as floats, pixel after pixel, with zeros around it. Every corner of every
+// sample then has an address of its own, whose value is read (or added to) without asking whether it lies in the image.
+// It also brings together what, in the input, lies a whole pixel of all groups apart: cache sets and pages are used
+// evenly.
 //
 // A row is a zero pixel and the width_in pixels of the image; the zero pixel that ends a row is the next row's first.
 // Above and below lies a row of zeros, and two pixels more, so that all four corners of a sample at pixel_nowhere() do.

@@ -138,7 +138,8 @@ inline void locate(const Problem& q, int32_t line, Block& b) {
   const int32_t width = static_cast<int32_t>(q.p.width_in), height = static_cast<int32_t>(q.p.height_in);
   // Indices of pixels fill 32 bits, so they are computed without a sign.
   using Indices = typename Lanes<L>::Word;
-  const uint32_t padded_width = static_cast<uint32_t>(q.padded_width), nowhere = static_cast<uint32_t>(pixel_nowhere(q));
+  const uint32_t padded_width = static_cast<uint32_t>(q.padded_width);
+  const uint32_t nowhere = static_cast<uint32_t>(pixel_nowhere(q));
   for (int s = 0; s < b.samples; s += L) {
     Flags<L> column;
     __builtin_memcpy(&column, b.column + s, sizeof(column));

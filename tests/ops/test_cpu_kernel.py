@@ -276,6 +276,26 @@ def test_far_and_nan_places_touch_nothing(library, coordinate, axis):
         assert relative_error(got, expected) < 1e-5
 
 
+def test_places_outside_carry_no_infinite_gradient(isa_library):
+    case = Case(batch=1, size=(6, 5), groups=2)
+    case.group(1)[..., :18] = 50.0
+    case.grad_output[..., 16:] = float("inf")
+    output, grad_input, grad_offset_mask = case.run(isa_library)
+    assert (output[..., 16:] == 0).all()
+    assert (grad_input[..., 16:] == 0).all()
+    assert (grad_offset_mask[..., 27:] == 0).all()
+    assert grad_input.isfinite().all() and grad_offset_mask.isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_an_input_without_pixels_gives_zeros(library, threads):
+    case = Case(batch=2, size=(0, 40), groups=2, padding=3, spread=4.0)
+    output, grad_input, grad_offset_mask = case.run(library, threads)
+    assert output.numel() and (output == 0).all()
+    assert (grad_offset_mask == 0).all()
+    assert not grad_input.numel()
+
+
 def test_softmax_of_large_and_infinite_logits(library):
     case = Case(softmax=True)
     case.group(0)[..., 18:] *= 200
