@@ -63,7 +63,7 @@ struct Kernels {
   // grad_offset_mask alone.
   void (*backward_places)(const Backward&, int64_t first_row, int64_t last_row);
   // grad_input, summed in `scratch` (padded_pixels * slice_channels floats, any contents) and rounded once;
-  // with_places: grad_offset_mask as well, which needs slices_per_group == 1 and twice the scratch, for the padded input.
+  // with_places: grad_offset_mask as well, which needs slices_per_group == 1 and twice the scratch (the padded input).
   void (*backward_slices)(const Backward&, int64_t first_slice, int64_t last_slice, float* scratch, bool with_places);
 };
 
