@@ -6,6 +6,8 @@ and dispatch modes see one opaque operator each.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.autograd import forward_ad
 
@@ -185,21 +187,25 @@ class _EagerDCNv4(torch.autograd.Function):
 torch.library.register_autograd("dcngen::dcnv4", _backward, setup_context=_setup_context, lib=library)
 
 
-def _register_autocast(device_type: str, key: str) -> None:
-    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def autocast(input, offset_mask, *scalars):
-        dtype = torch.get_autocast_dtype(device_type)
-        # As torch's own rules do: tensors of another device and float64 stay as they are.
-        input, offset_mask = (
-            t.to(dtype) if t.is_floating_point() and t.device.type == device_type and t.dtype != torch.float64 else t
-            for t in (input, offset_mask)
-        )
-        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-            return _forward_op(input, offset_mask, *scalars)
-
-    library.impl("dcnv4", autocast, key)
+def register_autocast(name: str) -> None:
+    """Gives the operator `name` its rule on both device types: tensors are cast to the autocast dtype."""
+    op = getattr(torch.ops.dcngen, name).default
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        library.impl(name, partial(_autocast, op, device_type, without_autocast), key)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+def _autocast(op, device_type: str, without_autocast: torch._C.DispatchKeySet, *arguments):
+    dtype = torch.get_autocast_dtype(device_type)
+
+    # As torch's own rules do: tensors of another device and float64 stay as they are.
+    def cast(argument):
+        if not isinstance(argument, torch.Tensor) or argument.device.type != device_type:
+            return argument
+        return argument.to(dtype) if argument.is_floating_point() and argument.dtype != torch.float64 else argument
+
+    with torch._C._ExcludeDispatchKeyGuard(without_autocast):
+        return op(*map(cast, arguments))
+
+
+register_autocast("dcnv4")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import launch
-from .dcnv4 import PLAIN_TYPES, SCALARS, is_plain_eager, library, needs_reference, scalars_of
+from .dcnv4 import PLAIN_TYPES, SCALARS, is_plain_eager, library, needs_reference, register_autocast, scalars_of
 from .geometry import split_packed
 from .reference import reference_forward
 
@@ -137,17 +137,4 @@ torch.library.register_autograd(
 )
 
 
-def _register_autocast(device_type: str, key: str) -> None:
-    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def autocast(packed, channels, *scalars):
-        if packed.dtype != torch.float64:
-            packed = packed.to(torch.get_autocast_dtype(device_type))
-        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-            return _forward_op(packed, channels, *scalars)
-
-    library.impl("dcnv4_packed", autocast, key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autocast("dcnv4_packed")
