@@ -1,7 +1,7 @@
 // Whether the window forward applies, and its launch.
 #include <atomic>
 
-#include "forward_window.cuh"
+#include "forward_launch.cuh"
 
 namespace dcngen {
 namespace {

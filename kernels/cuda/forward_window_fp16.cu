@@ -1,7 +1,7 @@
 // The window forward for fp16, and the question of which copies the device's code uses.
 #include <atomic>
 
-#include "forward_window.cuh"
+#include "forward_launch.cuh"
 
 namespace dcngen::window {
 

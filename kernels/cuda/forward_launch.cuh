@@ -1,0 +1,86 @@
+// Launches the window forward for fp16 and bf16: tensor maps, the rule of choice, the two kernels.
+#pragma once
+
+#include "forward_gather.cuh"
+#include "forward_window.cuh"
+
+namespace dcngen::window {
+
+template <typename Shape>
+cudaError_t encode_maps(ForwardWindow& window, const Params& p) {
+  using Tile = typename Shape::Tile;
+  const cudaError_t error =
+      encode_box_map(window.input_map, window.input, p.batch, p.height_in, p.width_in, window.channels,
+                     p.input_pixel_stride, {kTileChannels, Tile::COLUMNS, Tile::ROWS, true});
+  if (error != cudaSuccess) return error;
+  return encode_box_map(window.taps_map, window.offset_mask, p.batch, p.height_out, p.width_out,
+                        p.offset_mask_channels, p.offset_mask_pixel_stride,
+                        {Shape::Span::PITCH / 2, 4, 4, false});
+}
+
+template <typename T, typename Shape>
+cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
+  const Params& p = args.p;
+  ForwardWindow window;
+  window.input = args.input;
+  window.offset_mask = args.offset_mask;
+  window.output = args.output;
+  window.input_stride = p.input_pixel_stride;
+  window.offset_mask_stride = p.offset_mask_pixel_stride;
+  window.output_stride = p.output_pixel_stride;
+  window.height_in = static_cast<int>(p.height_in);
+  window.width_in = static_cast<int>(p.width_in);
+  window.height_out = static_cast<int>(p.height_out);
+  window.width_out = static_cast<int>(p.width_out);
+  window.pad_h = p.pad_h;
+  window.pad_w = p.pad_w;
+  window.channels = p.groups * p.group_channels;
+  window.slices = window.channels / Shape::CHANNELS;
+  window.offset_mask_bytes = p.offset_mask_channels * 2;
+  window.scale = OffsetScale(p.offset_scale);
+  window.far = FarContext(p);
+  const int tiles_x = (window.width_out + Shape::TILE_W - 1) / Shape::TILE_W;
+  const int tiles_y = (window.height_out + Shape::TILE_H - 1) / Shape::TILE_H;
+  const int chunks = (window.channels + kTileChannels - 1) / kTileChannels;
+  window.slices_per_group = FastDivide(p.group_channels / Shape::CHANNELS);
+  window.chunks = FastDivide(chunks);
+  window.tiles_x = FastDivide(tiles_x);
+  window.tiles_y = FastDivide(tiles_y);
+  if (Shape::BULK) {
+    const cudaError_t error = encode_maps<Shape>(window, p);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
+  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
+  const auto kernel = forward_window_kernel<T, Shape>;
+  static OncePerDevice prepared;
+  cudaError_t error = prepared.run(
+      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES); });
+  if (error != cudaSuccess) return error;
+  error = launch(kernel, blocks, Shape::THREADS, Shape::BYTES, stream, Shape::BULK, window);
+  if (error != cudaSuccess) return error;
+  return launch_gather<T, GatherShape<T, Shape::CHANNELS, Shape::WARP_SLICES, 4>>(args, stream);
+}
+
+// The rule of choice: slices as wide as D allows. Tiles are 8x8 for every map: tiles of 8x16 move fewer bytes but were
+// never faster.
+template <typename T, bool BULK>
+cudaError_t launch_chosen(const ForwardArgs& args, cudaStream_t stream) {
+  const int channels = args.p.group_channels;
+  if (channels % 64 == 0) return launch_forward<T, ForwardShape<64, BULK>>(args, stream);
+  if (channels % 32 == 0) return launch_forward<T, ForwardShape<32, BULK>>(args, stream);
+  if (channels % 16 == 0) return launch_forward<T, ForwardShape<16, BULK>>(args, stream);
+  return launch_forward<T, ForwardShape<8, BULK>>(args, stream);
+}
+
+template <typename T>
+cudaError_t forward_window_typed(const ForwardArgs& args, cudaStream_t stream) {
+  return bulk_copies() ? launch_chosen<T, true>(args, stream) : launch_chosen<T, false>(args, stream);
+}
+
+// Instantiated in one file a dtype, so that they compile side by side.
+extern template cudaError_t forward_window_typed<__half>(const ForwardArgs&, cudaStream_t);
+extern template cudaError_t forward_window_typed<__nv_bfloat16>(const ForwardArgs&, cudaStream_t);
+cudaError_t forward_window_fp32(const ForwardArgs& args, cudaStream_t stream);  // forward_window_fp32.cu
+
+}  // namespace dcngen::window
