@@ -9,6 +9,8 @@
 
 namespace dcngen::window {
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 // ---------------------------------------------------------------------------------------------------- dtype traits
 
 // Two 16-bit values in a 32-bit word (low half first), and the tensor-core product for T = __half, __nv_bfloat16.

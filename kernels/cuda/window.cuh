@@ -17,7 +17,6 @@
 
 namespace dcngen::window {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kTaps = 9;
 constexpr int kGroupValues = 3 * kTaps;             // offsets and masks of one (pixel, group)
 constexpr int kTileChannels = 64;                   // channels of a pixel tile in shared memory
