@@ -124,8 +124,8 @@ def assert_close(geometry: Geometry, got, exact, plain, dtype: torch.dtype) -> N
             continue
         assert not torch.isnan(ours).any(), f"{name} of {geometry}: NaN"
         scale = best.detach().abs().max().item()
-        error = float((ours.double() - best).abs().max())
-        allowed = 2 * float((same_dtype.double() - best).abs().max()) + 2 * EPSILON[dtype] * scale
+        error = (ours.detach().double() - best.detach()).abs().max().item()
+        allowed = 2 * (same_dtype.detach().double() - best.detach()).abs().max().item() + 2 * EPSILON[dtype] * scale
         assert error <= allowed, f"{name} of {geometry} in {dtype}: error {error:.3e}, allowed {allowed:.3e}"
 
 
