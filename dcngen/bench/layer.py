@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dcngen.bench.checks import require_same_layer
 from dcngen.bench.operator import provenance
 from dcngen.bench.timing import captured, copy_bandwidth, geometric_mean, median_microseconds
 from dcngen.nn import DCNv4
@@ -27,7 +28,7 @@ def forward_backward(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor):
     inputs = [x, *layer.parameters()]
 
     def step(_: int) -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             out = layer(x)
         torch.autograd.grad(out, inputs, grad.to(out.dtype))
 
@@ -48,6 +49,13 @@ def arm_name(group_channels: int, fused: bool) -> str:
     return f"dcnv4_d{group_channels}{'_fused' if fused else ''}_us"
 
 
+def time_layer(name: str, layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> float:
+    """Microseconds of one training pass of the compiled layer, after a check against the plain one."""
+    run = torch.compile(layer, dynamic=False, fullgraph=True)
+    require_same_layer(name, layer, run, x, grad)
+    return median_microseconds(captured(forward_backward(run, x, grad)))
+
+
 def time_shape(shape: tuple[int, int, int, int], group_channels: list[int]) -> dict[str, object]:
     """Microseconds of forward plus backward of the convolution and of DCNv4 at each group width, plain and fused."""
     n, h, w, c = shape
@@ -56,12 +64,10 @@ def time_shape(shape: tuple[int, int, int, int], group_channels: list[int]) -> d
     image = x.detach().permute(0, 3, 1, 2).requires_grad_()
     convolution = nn.Conv2d(c, c, 3, padding=1).cuda().to(memory_format=torch.channels_last)
     row: dict[str, object] = {"shape": "x".join(map(str, shape))}
-    compiled = torch.compile(convolution, dynamic=False)
-    row["conv3x3_us"] = median_microseconds(captured(forward_backward(compiled, image, grad.permute(0, 3, 1, 2))))
+    row["conv3x3_us"] = time_layer("conv3x3", convolution, image, grad.permute(0, 3, 1, 2))
     for d, fused in itertools.product(group_channels, (False, True)):
         torch.compiler.reset()  # each layer is a new set of shapes for the same code, which dynamo counts
-        compiled = torch.compile(dcn_layer(c, d, fused), dynamic=False, fullgraph=True)
-        row[arm_name(d, fused)] = median_microseconds(captured(forward_backward(compiled, x, grad)))
+        row[arm_name(d, fused)] = time_layer(arm_name(d, fused), dcn_layer(c, d, fused), x, grad)
     return row
 
 

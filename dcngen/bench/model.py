@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dcngen.bench.checks import require_close
 from dcngen.bench.operator import provenance
 from dcngen.bench.timing import copy_bandwidth, median_microseconds
 from dcngen.models import DCNUNet2DModel, count_parameters
@@ -43,6 +44,9 @@ def time_step(model: torch.nn.Module, batch: int, mode: str) -> dict[str, float]
     """Milliseconds of one training step, of one forward without gradients, and the peak memory in GiB.
 
     ``mode`` is one of torch.compile, or "eager".
+
+    Raises:
+        RuntimeError: the prediction is not that of the plain model in float32.
     """
     model = model.cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -66,6 +70,11 @@ def time_step(model: torch.nn.Module, batch: int, mode: str) -> dict[str, float]
         with torch.autocast("cuda", dtype=torch.bfloat16):
             run(latents, timesteps, class_labels=labels)
 
+    with torch.no_grad():
+        expected = model(latents, timesteps, class_labels=labels).sample
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            require_close("prediction", run(latents, timesteps, class_labels=labels).sample, expected, 0.05)
+    del expected
     torch.cuda.reset_peak_memory_stats()
     milliseconds = median_microseconds(step) / 1e3
     peak = torch.cuda.max_memory_allocated() / 2**30
