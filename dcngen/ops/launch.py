@@ -7,6 +7,8 @@ and kept: a call is a look-up, the allocation of the results and one C call.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -24,8 +26,13 @@ _plans: dict[tuple, Plan] = {}
 Gradients = tuple[torch.Tensor, torch.Tensor]  # of input and of offset_mask
 
 
-def geometry_of(scalars: tuple) -> Geometry:
-    """The operator's arguments after the tensors, in the order of its schema, checked."""
+def geometry_of(scalars: Sequence) -> Geometry:
+    """The operator's arguments after the tensors, in the order of its schema, checked; kept, since layers ask often."""
+    return _geometry_of(tuple(scalars))
+
+
+@functools.lru_cache(maxsize=_MAX_PLANS)
+def _geometry_of(scalars: tuple) -> Geometry:
     kh, kw, sh, sw, ph, pw, dh, dw, groups, offset_scale, remove_center, softmax = scalars
     return make_geometry((kh, kw), (sh, sw), (ph, pw), (dh, dw), groups, offset_scale, remove_center, softmax)
 

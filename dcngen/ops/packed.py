@@ -108,7 +108,7 @@ def _setup_context(ctx, inputs, output):
 def _gradient(ctx, grad_output):
     (packed,) = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable itself
-        geometry = launch.geometry_of(tuple(ctx.scalars))
+        geometry = launch.geometry_of(ctx.scalars)
         output = reference_forward(*split_packed(packed, ctx.channels, geometry), geometry)
         return torch.autograd.grad(output, packed, grad_output, create_graph=True)[0]
     if is_plain_eager(packed, packed) and type(grad_output) in PLAIN_TYPES and not grad_output.is_neg():
