@@ -33,6 +33,10 @@ library.impl("dcnv4_backward", launch.backward_cuda, "CUDA")
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
+# By name, not by attribute: looked up at every call.
+_dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_profiler_enabled = torch._C._autograd._profiler_enabled
+
 _forward_op = torch.ops.dcngen.dcnv4.default
 _backward_op = torch.ops.dcngen.dcnv4_backward.default
 
@@ -54,13 +58,13 @@ def dcnv4(
 
     y(p) = sum_k m_k * x(p + p_k + dp_k) for each group, x sampled bilinearly. A place counts only where
     -1 < x < W and -1 < y < H (a NaN does not); corners outside the image contribute 0. Coordinates, weights and sums
-    are float32 for float32, float16 and bfloat16 tensors, with one rounding at the end.
+    are float32 for float32, float16 and bfloat16 tensors, with one rounding at the end (docs/operator.md, section 1,
+    says what the CUDA kernels round besides).
 
     The compiled kernels compute it on CPU and CUDA. Plain torch, `dcnv4_reference`, does where they cannot: float64, a
     missing library, backward with create_graph=True (for second derivatives), torch.func transforms and forward-mode
-    derivatives. It is the same function, slower. Under torch.autocast both
-    tensors are cast to the autocast dtype. Channel slices of a wider contiguous tensor are read in place; other
-    layouts are copied first.
+    derivatives. It is the same function, slower. Under torch.autocast both tensors are cast to the autocast dtype.
+    Channel slices of a wider contiguous tensor are read in place; other layouts are copied first.
 
     Args:
         input: (N, H, W, G * D).
@@ -80,9 +84,9 @@ def dcnv4(
         NativeLibraryError: backend "native" is forced and its library cannot be used.
         RuntimeError: the kernel could not be launched.
     """
-    for name, tensor in (("input", input), ("offset_mask", offset_mask)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not (isinstance(input, torch.Tensor) and isinstance(offset_mask, torch.Tensor)):
+        name, tensor = ("offset_mask", offset_mask) if isinstance(input, torch.Tensor) else ("input", input)
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
     if torch.compiler.is_compiling():
         return _forward_op(input, offset_mask, *scalars)
@@ -125,10 +129,10 @@ def is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
         type(input) in PLAIN_TYPES
         and type(offset_mask) in PLAIN_TYPES
         and ((input.is_cuda and offset_mask.is_cuda) or (input.is_cpu and offset_mask.is_cpu))
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-        and not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
+        and not _dispatch_modes()
+        and _tracing_state() is None
+        and not _profiler_enabled()
+        and not (torch.is_autocast_enabled() if input.is_cuda else torch.is_autocast_enabled("cpu"))
         and not (input.is_neg() or offset_mask.is_neg())
     )
 

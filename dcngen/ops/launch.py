@@ -42,7 +42,7 @@ def forward_cpu(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> tor
     if library is None:
         return _forward_reference(input, offset_mask, scalars)
     plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
-    output = input.new_empty(plan.output_shape)
+    output = _new_output(plan, input)
     if library.dcngen_cpu_dcnv4_forward(
         plan.address, input.data_ptr(), offset_mask.data_ptr(), output.data_ptr(), torch.get_num_threads()
     ):
@@ -77,7 +77,7 @@ def forward_cuda(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> to
     if library is None:
         return _forward_reference(input, offset_mask, scalars)
     plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
-    output = input.new_empty(plan.output_shape)
+    output = _new_output(plan, input)
     device = input.get_device()
     if library.dcngen_cuda_dcnv4_forward(
         plan.address,
@@ -134,6 +134,11 @@ def backward(
     return (backward_cuda if input.is_cuda else backward_cpu)(grad_output, input, offset_mask, *scalars, into=into)
 
 
+def _new_output(plan: Plan, input: torch.Tensor) -> torch.Tensor:
+    # empty_like takes half the host's time of new_empty, but copies the strides of its model too.
+    return torch.empty_like(input) if plan.output_is_like_input else input.new_empty(plan.output_shape)
+
+
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or a copy where it does not begin on the 16 bytes that the copy engine of the backward needs."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
@@ -142,12 +147,15 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 class Plan:
     """One call's checked shapes and its C parameters, at an address that lives as long as the plan."""
 
-    __slots__ = ("address", "copies", "geometry", "output_shape", "params", "workspace_bytes")
+    __slots__ = (
+        "address", "copies", "geometry", "output_is_like_input", "output_shape", "params", "workspace_bytes",
+    )  # fmt: skip
 
     def __init__(self, input, offset_mask, grad_output, scalars: tuple, deterministic: bool, into: Gradients | None):
         self.geometry = geometry_of(scalars)
         height_out, width_out = check_tensors(input, offset_mask, self.geometry)
         self.output_shape = (input.shape[0], height_out, width_out, input.shape[3])
+        self.output_is_like_input = input.shape == self.output_shape and input.is_contiguous()
         strides = [pixel_stride(t) for t in (input, offset_mask, grad_output) if t is not None]
         self.copies = tuple(stride is None for stride in strides) if None in strides else None
         self.params = _params(input, offset_mask, self.output_shape, self.geometry, strides)

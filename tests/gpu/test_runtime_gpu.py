@@ -124,20 +124,24 @@ def test_peak_memory_is_inputs_outputs_and_gradients(dtype):
     assert torch.cuda.max_memory_allocated() - before <= sizes + 0.05 * (sizes + inputs)
 
 
+def _host_microseconds(call) -> float:
+    """Median host time of one of 200 calls in a row, which the device's queue takes without waiting."""
+    series = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):
+            call()
+        series.append((time.perf_counter() - start) / 200 * 1e6)
+    return statistics.median(series[1:])
+
+
 def test_host_overhead_of_a_forward_without_gradients():
     value = torch.randn(1, 8, 8, 64, device="cuda", dtype=torch.float16)
     offset_mask = torch.zeros(1, 8, 8, offset_mask_channels(2), device="cuda", dtype=torch.float16)
     with torch.no_grad():
-        for _ in range(200):
-            dcnv4(value, offset_mask, groups=2)
-        torch.cuda.synchronize()
-        series = []
-        for _ in range(9):
-            start = time.perf_counter()
-            for _ in range(200):
-                dcnv4(value, offset_mask, groups=2)
-            series.append((time.perf_counter() - start) / 200 * 1e6)
-            torch.cuda.synchronize()
-    microseconds = statistics.median(series)
-    print(f"host time of one call: {microseconds:.1f} us")
-    assert microseconds < 15
+        ours = _host_microseconds(lambda: dcnv4(value, offset_mask, groups=2))
+        one_kernel = _host_microseconds(lambda: value.mul_(1.0))
+    print(f"host time of one call: {ours:.1f} us, of one of torch's kernels: {one_kernel:.1f} us")
+    # On the H200's host torch's own in-place product takes 5 us; a slower or busier host slows both.
+    assert ours < max(15.0, 3 * one_kernel)
