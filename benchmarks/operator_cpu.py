@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from dcngen.bench.competitors import TAPS, split_offset_mask, torchvision_operator, torchvision_tensors
 from dcngen.ops import backend, dcnv4, dcnv4_reference, native, offset_mask_channels
 
 DEFAULT_SHAPES = ("1x56x56x128:16", "8x32x32x256:32", "64x8x8x64:16")
 TOLERANCE = {"dcngen": 1e-5}  # relative to the largest value; others 1e-4
-TAPS = 9
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,6 @@ class Contestant:
 # --- contestants ---
 
 
-def split_offset_mask(offset_mask: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, H, W, P) into offsets (N, H, W, G, K, 2) as (x, y) and masks (N, H, W, G, K)."""
-    parts = offset_mask[..., : 3 * groups * TAPS].unflatten(-1, (groups, 3 * TAPS))
-    return parts[..., : 2 * TAPS].unflatten(-1, (TAPS, 2)), parts[..., 2 * TAPS :]
-
-
 def grid_sample_dcn(input: torch.Tensor, offset_mask: torch.Tensor, groups: int) -> torch.Tensor:
     """3x3, stride 1, padding 1 through F.grid_sample; channels last in and out."""
     batch, height, width, channels = input.shape
@@ -110,22 +104,13 @@ def grid_sample_dcn(input: torch.Tensor, offset_mask: torch.Tensor, groups: int)
 
 
 def torchvision_contestant(input: torch.Tensor, offset_mask: torch.Tensor, shape: Shape) -> Contestant | None:
-    try:
-        from torchvision.ops import deform_conv2d
-    except Exception as error:  # a torchvision that does not fit this torch raises all kinds
-        print(f"torchvision left out: {type(error).__name__}: {error}", file=sys.stderr)
+    deform_conv2d = torchvision_operator()
+    if deform_conv2d is None:
+        print("torchvision left out: none that fits this torch is installed", file=sys.stderr)
         return None
-    offsets, masks = split_offset_mask(offset_mask, shape.groups)
-    row_major = [3 * i + j for j in range(3) for i in range(3)]  # our tap 3 * i + j runs over the width first
-    offsets = offsets[..., row_major, :].flip(-1).flatten(3).permute(0, 3, 1, 2).contiguous().requires_grad_()
-    masks = masks[..., row_major].flatten(3).permute(0, 3, 1, 2).contiguous().requires_grad_()
-    images = input.permute(0, 3, 1, 2).contiguous().requires_grad_()
-    weight = torch.ones(shape.channels, 1, 3, 3)
-
-    def run() -> torch.Tensor:
-        return deform_conv2d(images, offsets, weight, padding=1, mask=masks)
-
-    return Contestant("torchvision", run, (images, offsets, masks), "NCHW")
+    images, offsets, weight, masks = torchvision_tensors(input, offset_mask, shape.groups)
+    leaves = tuple(tensor.requires_grad_() for tensor in (images, offsets, masks))
+    return Contestant("torchvision", lambda: deform_conv2d(*leaves[:2], weight, padding=1, mask=masks), leaves, "NCHW")
 
 
 def contestants_for(shape: Shape, input: torch.Tensor, offset_mask: torch.Tensor) -> list[Contestant]:

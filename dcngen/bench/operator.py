@@ -11,14 +11,16 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from dcngen.bench.checks import relative_error
+from dcngen.bench.competitors import competitors, released_operator
 from dcngen.bench.timing import copy_bandwidth, geometric_mean, median_microseconds, rotation_count
 from dcngen.ops import dcnv4_reference, offset_mask_channels
 
@@ -31,6 +33,7 @@ QUICK_SHAPES = [(64, 56, 56, 128), (64, 7, 7, 1024), (128, 32, 32, 256), (128, 1
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative to the largest magnitude of the reference; a wrong tap or border is far above, rounding far below.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_SAME_FUNCTION = 0.05  # largest relative error of another implementation beside ours
 _CHECKED_IMAGES = 2
 _GEOMETRY = (3, 3, 1, 1, 1, 1, 1, 1)  # kernel, stride, padding, dilation; height before width
 
@@ -127,48 +130,7 @@ def check(case: Case, x: Inputs) -> dict[str, float]:
     return errors
 
 
-def released_operator(case: Case):
-    """(forward, backward) of the released DCNv4 with its own launch table, or None where it is not importable."""
-    try:
-        from DCNv4 import ext
-        from DCNv4.functions.dcnv4_func import find_spec_bwd, findspec
-    except ImportError:
-        return None
-    size = (case.batch, case.height, case.width, case.groups, case.group_channels)
-    geometry = (3, 3, 1, 1, 1, 1, 1, 1, case.groups, case.group_channels, 1.0, 256)
-    forward_spec, backward_spec = findspec(*size), find_spec_bwd(*size)
-
-    def forward(x: Inputs) -> torch.Tensor:
-        return ext.dcnv4_forward(x.value, x.offset_mask, *geometry, 0, *forward_spec, False)
-
-    def backward(x: Inputs):
-        return ext.dcnv4_backward(x.value, x.offset_mask, *geometry, x.grad_output, 0, *backward_spec, False)
-
-    return forward, backward
-
-
-def competitors(case: Case, device: torch.device):
-    """Forward passes of other operators on the same activations, by name."""
-    channels, dtype = case.channels, DTYPES[case.dtype]
-    dense = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
-    dense = dense.to(memory_format=torch.channels_last)
-    depthwise = torch.nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device=device, dtype=dtype)
-    depthwise = depthwise.to(memory_format=torch.channels_last)
-
-    def attention(x: Inputs) -> torch.Tensor:
-        heads = x.value.flatten(1, 2).unflatten(-1, (-1, 32)).transpose(1, 2)
-        return F.scaled_dot_product_attention(heads, heads, heads)
-
-    table = {
-        "conv3x3": lambda x: dense(x.value.permute(0, 3, 1, 2)),
-        "depthwise7x7": lambda x: depthwise(x.value.permute(0, 3, 1, 2)),
-    }
-    if case.dtype != "fp32":
-        table["attention"] = attention
-    return table
-
-
-def _time(function: Callable[[Inputs], object], sets: list[Inputs]) -> float:
+def _time(function: Callable[[Any], object], sets: Sequence) -> float:
     """Median microseconds of ``function`` over input sets that take turns, so that none is still in the cache."""
     return median_microseconds(lambda i: function(sets[i % len(sets)]))
 
@@ -178,21 +140,39 @@ def time_released(case: Case, sets: list[Inputs]) -> None:
 
     Such a time is shown with a mark and stays out of the means.
     """
-    released = released_operator(case)
+    released = released_operator(case.batch, case.height, case.width, case.groups, case.group_channels)
     for direction in ("forward", "backward"):
         case.others[f"released_{direction}"] = None
     if released is None:
         return
-    for direction, function in zip(("forward", "backward"), released, strict=True):
+    forward, backward = released
+    runs = {
+        "forward": lambda x: forward(x.value, x.offset_mask),
+        "backward": lambda x: backward(x.value, x.offset_mask, x.grad_output),
+    }
+    for direction, run in runs.items():
         try:
             if direction == "forward":
-                reference = ours_forward(case, sets[0]).float()
-                difference = (function(sets[0]).float() - reference).abs().max() / reference.abs().max()
-                if not difference <= 0.05:
-                    case.others["released_error"] = float(difference)
-            case.others[f"released_{direction}"] = _time(function, sets)
+                difference = relative_error(run(sets[0]), ours_forward(case, sets[0]))
+                if not difference <= _SAME_FUNCTION:
+                    case.others["released_error"] = difference
+            case.others[f"released_{direction}"] = _time(run, sets)
         except RuntimeError as error:  # its bf16 backward, for one
             print(f"released {direction} at {case.shape} {case.dtype}: {error}", file=sys.stderr)
+
+
+def time_competitors(case: Case, sets: list[Inputs]) -> None:
+    """Fills the forward times of the other operators; one that should compute dcnv4 and does not has none."""
+    device = sets[0].value.device
+    for name, competitor in competitors(case.channels, case.groups, DTYPES[case.dtype], device).items():
+        prepared = [competitor.prepare(x.value, x.offset_mask) for x in sets]
+        if competitor.computes_dcnv4:
+            result = competitor.output(competitor.run(prepared[0]))
+            difference = relative_error(result, ours_forward(case, sets[0]))
+            if not difference <= _SAME_FUNCTION:
+                print(f"{name} at {case.shape} {case.dtype}: off by {difference:.1e}, not timed", file=sys.stderr)
+                continue
+        case.others[name] = _time(competitor.run, prepared)
 
 
 def time_case(case: Case, device: torch.device, bandwidth: float, with_competitors: bool) -> Case:
@@ -210,8 +190,7 @@ def time_case(case: Case, device: torch.device, bandwidth: float, with_competito
     case.backward_us = _time(partial(ours_backward, case), sets)
     time_released(case, sets)
     if with_competitors:
-        for name, function in competitors(case, device).items():
-            case.others[name] = _time(function, sets)
+        time_competitors(case, sets)
     return case
 
 
@@ -292,7 +271,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16", "bf16"])
     parser.add_argument("--offset-stds", type=float, nargs="+", default=[0.0], help="0: uniform within one pixel")
     parser.add_argument("--quick", action="store_true", help="four shapes instead of ten")
-    parser.add_argument("--no-competitors", action="store_true", help="skip convolution and attention")
+    parser.add_argument("--no-competitors", action="store_true", help="skip torchvision, convolution and attention")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, help="draw the figures here (PNG or SVG)")
     return parser.parse_args(argv)
