@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dcngen.ops import dcnv4, dcnv4_packed, offset_mask_channels
+from dcngen.ops import dcnv4, dcnv4_packed, dcnv4_packed_linear, offset_mask_channels
 from dcngen.ops.geometry import make_geometry
 
 
@@ -160,6 +160,10 @@ class DCNv4(nn.Module):
             )
         if self.fuse_projections and self.can_fuse_projections():
             packed = self._project_at_once(x)
+            if self._output_follows():
+                weight, bias = self.output_proj.weight, self.output_proj.bias
+                y = dcnv4_packed_linear(packed, weight, bias, channels=self.channels, **self.geometry._asdict())
+                return y.flatten(1, 2) if input.dim() == 3 else y
             y = dcnv4_packed(packed, channels=self.channels, **self.geometry._asdict())
             value = packed[..., : self.channels]
         else:
@@ -189,6 +193,12 @@ class DCNv4(nn.Module):
             and type(self.value_proj) is nn.Linear
             and type(self.offset_mask) is nn.Linear
             and not any(_has_hooks(projection) for projection in (self.value_proj, self.offset_mask))
+        )
+
+    def _output_follows(self) -> bool:
+        """Whether output_proj is a plain product of the operator's output."""
+        return (
+            not self.center_feature_scale and type(self.output_proj) is nn.Linear and not _has_hooks(self.output_proj)
         )
 
     def _project_at_once(self, x: torch.Tensor) -> torch.Tensor:

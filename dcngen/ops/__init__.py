@@ -5,6 +5,7 @@ from .dcnv4 import dcnv4
 from .geometry import offset_mask_channels
 from .native import NativeLibraryError
 from .packed import dcnv4_packed
+from .projected import dcnv4_packed_linear
 from .reference import dcnv4_packed_reference, dcnv4_reference
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "current_backend",
     "dcnv4",
     "dcnv4_packed",
+    "dcnv4_packed_linear",
     "dcnv4_packed_reference",
     "dcnv4_reference",
     "offset_mask_channels",

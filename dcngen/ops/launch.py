@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from .backends import native_library
 from .fallback import reference_backward
@@ -139,6 +140,65 @@ def _new_output(plan: Plan, input: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(input) if plan.output_is_like_input else input.new_empty(plan.output_shape)
 
 
+def forward_projected(
+    input: torch.Tensor,
+    offset_mask: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    save_output: bool,
+    *scalars,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """linear(forward(...), weight, bias), in one kernel where there is one, and the forward's output.
+
+    The output is empty unless `save_output`: then the one kernel need not write it.
+    """
+    library = native_library("cuda", input.dtype) if input.is_cuda else None
+    if library is not None:
+        plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
+        if _projects(library, plan, input, offset_mask, weight, bias):
+            output = input.new_empty(plan.output_shape if save_output else 0)
+            projected = _new_output(plan, input)
+            device = input.get_device()
+            if library.dcngen_cuda_dcnv4_forward_projected(
+                plan.address,
+                input.data_ptr(),
+                offset_mask.data_ptr(),
+                weight.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                output.data_ptr() if save_output else None,
+                projected.data_ptr(),
+                device,
+                torch._C._cuda_getCurrentRawStream(device),
+            ):
+                raise _cuda_error(library, device)
+            return projected, output
+    output = forward(input, offset_mask, *scalars)
+    return F.linear(output, weight, bias), output if save_output else output.new_empty(0)
+
+
+def _projects(library: ctypes.CDLL, plan: Plan, input, offset_mask, weight, bias) -> bool:
+    """Whether the kernel with the product takes these tensors."""
+    if plan.projects is None:
+        plan.projects = bool(library.dcngen_cuda_dcnv4_projected_applies(plan.address, input.get_device()))
+    channels = input.shape[3]
+    parameters = (weight,) if bias is None else (weight, bias)
+    return (
+        plan.projects
+        and weight.shape == (channels, channels)
+        and (bias is None or bias.shape == (channels,))
+        and all(t.dtype is input.dtype and t.device == input.device and t.is_contiguous() for t in parameters)
+        and all(t.data_ptr() % 16 == 0 for t in (input, offset_mask, weight))
+    )
+
+
+@functools.lru_cache
+def has_projected_kernel(library: ctypes.CDLL, device: int) -> bool:
+    """Whether forward_projected is one kernel on this device for shapes that fit it."""
+    params = DCNv4Params(1, 8, 8, 8, 8, 128, 56, 128, 128, 56, 56, 2, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1.0)
+    params.dtype = _DTYPE_CODES[torch.bfloat16]
+    return bool(library.dcngen_cuda_dcnv4_projected_applies(ctypes.addressof(params), device))
+
+
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or a copy where it does not begin on the 16 bytes that the copy engine of the backward needs."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
@@ -148,7 +208,8 @@ class Plan:
     """One call's checked shapes and its C parameters, at an address that lives as long as the plan."""
 
     __slots__ = (
-        "address", "copies", "geometry", "output_is_like_input", "output_shape", "params", "workspace_bytes",
+        "address", "copies", "geometry", "output_is_like_input", "output_shape", "params", "projects",
+        "workspace_bytes",
     )  # fmt: skip
 
     def __init__(self, input, offset_mask, grad_output, scalars: tuple, deterministic: bool, into: Gradients | None):
@@ -166,6 +227,7 @@ class Plan:
             self.params.offset_mask_channels = into[1].shape[3]
         self.address = ctypes.addressof(self.params)
         self.workspace_bytes: int | None = None  # asked of the CUDA library at the first backward
+        self.projects: bool | None = None  # likewise at the first forward_projected
 
 
 def pixel_stride(tensor: torch.Tensor) -> int | None:

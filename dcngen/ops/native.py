@@ -72,6 +72,8 @@ _SIGNATURES = {
         "dcngen_cuda_architectures": (ctypes.c_char_p, []),
         "dcngen_cuda_device_count": (ctypes.c_int, []),
         "dcngen_cuda_dcnv4_forward": (ctypes.c_int, [_POINTER] * 4 + [ctypes.c_int, _POINTER]),
+        "dcngen_cuda_dcnv4_projected_applies": (ctypes.c_int, [_POINTER, ctypes.c_int]),
+        "dcngen_cuda_dcnv4_forward_projected": (ctypes.c_int, [_POINTER] * 7 + [ctypes.c_int, _POINTER]),
         "dcngen_cuda_dcnv4_backward_workspace_size": (_INT64, [_POINTER]),
         "dcngen_cuda_dcnv4_backward": (ctypes.c_int, [_POINTER] * 7 + [ctypes.c_int, _POINTER]),
     },

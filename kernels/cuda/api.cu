@@ -96,6 +96,23 @@ int dcngen_cuda_dcnv4_forward(const dcngen_dcnv4_params* params, const void* inp
   return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 forward");
 }
 
+int dcngen_cuda_dcnv4_projected_applies(const dcngen_dcnv4_params* params, int device) {
+  if (unsupported(*params) != nullptr) return 0;
+  const DeviceGuard guard(device);
+  return guard.error() == cudaSuccess && forward_projected_applies(*params) ? 1 : 0;
+}
+
+int dcngen_cuda_dcnv4_forward_projected(const dcngen_dcnv4_params* params, const void* input, const void* offset_mask,
+                                        const void* weight, const void* bias, void* output, void* projected,
+                                        int device, void* stream) {
+  if (const char* reason = unsupported(*params)) return fail(std::string("dcnv4 projected forward: ") + reason);
+  if (nothing_to_write(*params)) return 0;
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 projected forward: selecting the device");
+  const ProjectedArgs args{*params, input, offset_mask, weight, bias, output, projected};
+  return check(forward_projected(args, static_cast<cudaStream_t>(stream)), "dcnv4 projected forward");
+}
+
 int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params) {
   return takes_window(*params) ? backward_window_workspace(*params) : backward_plain_workspace(*params);
 }

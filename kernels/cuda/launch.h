@@ -16,6 +16,17 @@ struct ForwardArgs {
   void* output;
 };
 
+// The forward with a product after it: projected = output * weight^T + bias.
+struct ProjectedArgs {
+  Params p;
+  const void* input;
+  const void* offset_mask;
+  const void* weight;  // (channels, channels)
+  const void* bias;    // may be null
+  void* output;        // may be null: not written then
+  void* projected;
+};
+
 struct BackwardArgs {
   Params p;
   const void* grad_output;
@@ -60,6 +71,9 @@ bool bulk_copies();
 // forward_window.cu / backward_window.cu: dense products over a bounded window (see kernels/README.md).
 bool forward_window_applies(const Params& p);
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);
+// forward_projected.cu: sm_90a alone.
+bool forward_projected_applies(const Params& p);
+cudaError_t forward_projected(const ProjectedArgs& args, cudaStream_t stream);
 bool backward_window_applies(const Params& p);
 int64_t backward_window_workspace(const Params& p);
 cudaError_t backward_window(const BackwardArgs& args, cudaStream_t stream);

@@ -68,6 +68,14 @@ DCNGEN_API const char* dcngen_cuda_architectures(void); /* e.g. "90": what was c
 DCNGEN_API int dcngen_cuda_device_count(void);          /* < 0: no usable driver, see last_error */
 DCNGEN_API int dcngen_cuda_dcnv4_forward(const dcngen_dcnv4_params* params, const void* input, const void* offset_mask,
                                          void* output, int device, void* stream);
+/* The forward and a product after it in one kernel: projected = output * weight^T + bias, pixel by pixel, with weight
+ * (channels, channels) and projected (batch, height_out, width_out, channels), both contiguous, channels =
+ * groups * group_channels. bias may be NULL, and output, which then is not written. Only where projected_applies is 1,
+ * and with pointers to multiples of 16 bytes; an error elsewhere. */
+DCNGEN_API int dcngen_cuda_dcnv4_projected_applies(const dcngen_dcnv4_params* params, int device);
+DCNGEN_API int dcngen_cuda_dcnv4_forward_projected(const dcngen_dcnv4_params* params, const void* input,
+                                                   const void* offset_mask, const void* weight, const void* bias,
+                                                   void* output, void* projected, int device, void* stream);
 DCNGEN_API int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params);
 DCNGEN_API int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* grad_output, const void* input,
                                           const void* offset_mask, void* grad_input, void* grad_offset_mask,

@@ -1,0 +1,184 @@
+"""dcnv4_packed and the matrix product that follows it in the layer, as one operator.
+
+On compute capability 9.0 one kernel computes both: the operator's output goes from registers into the product and
+reaches memory only where a backward will want it. Elsewhere it is the two calls one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import launch
+from .backends import native_library
+from .dcnv4 import PLAIN_TYPES, SCALARS, is_plain_eager, library, needs_reference, register_autocast, scalars_of
+from .geometry import split_packed
+from .packed import _backward as _packed_backward
+from .packed import dcnv4_packed
+from .reference import reference_forward
+
+library.define(
+    f"dcnv4_packed_linear(Tensor packed, Tensor weight, Tensor? bias, int channels, bool save_output, {SCALARS}) "
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Fewer leave warpgroups of an H200 without work, which was not measured.
+LEAST_PIXELS = 2**16
+
+_op = torch.ops.dcngen.dcnv4_packed_linear.default
+_backward_op = torch.ops.dcngen.dcnv4_packed_backward.default
+
+
+def dcnv4_packed_linear(
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    channels: int,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    groups: int,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+) -> torch.Tensor:
+    """`F.linear(dcnv4_packed(packed, ...), weight, bias)`, in one kernel where that is faster.
+
+    It is one kernel on compute capability 9.0, for float16 and bfloat16, 128 channels in groups of 32 or 64, a 3x3
+    window of stride and dilation 1, and maps and batches that fill the device. The operator's output is rounded to the
+    dtype before the product, as it is between two calls.
+
+    Args:
+        packed, channels, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax: as in
+            `dcnv4_packed`.
+        weight, bias: (out, channels) and (out,) or None, as in `torch.nn.functional.linear`.
+
+    Returns:
+        (N, H, W, out), contiguous, in the dtype of packed.
+
+    Raises:
+        TypeError, ValueError, NativeLibraryError, RuntimeError: as `dcnv4_packed` and `F.linear`.
+    """
+    scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (packed, weight, bias))
+    compiling = torch.compiler.is_compiling()
+    if (not compiling and needs_reference()) or not _is_one_kernel(packed, weight, channels, scalars):
+        output = dcnv4_packed(
+            packed,
+            channels=channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            offset_scale=offset_scale,
+            remove_center=remove_center,
+            softmax=softmax,
+        )
+        return F.linear(output, weight, bias)
+    if compiling or not is_plain_eager(packed, weight):
+        return _op(packed, weight, bias, channels, needs_grad, *scalars)[0]
+    if needs_grad:
+        return _EagerLinear.apply(packed, weight, bias, channels, scalars)
+    return _forward(packed, weight, bias, channels, False, *scalars)[0]
+
+
+def _is_one_kernel(packed: torch.Tensor, weight: torch.Tensor, channels: int, scalars) -> bool:
+    """Whether one kernel computes both and is faster; the launch asks the library once more about strides."""
+    *window, groups, _, remove_center, softmax = scalars
+    return (
+        packed.is_cuda
+        and packed.dtype in (torch.bfloat16, torch.float16)
+        and channels == 128
+        and groups in (2, 4)
+        and tuple(weight.shape) == (channels, channels)
+        and packed.numel() // packed.shape[-1] >= LEAST_PIXELS
+        and window[:4] == [3, 3, 1, 1]
+        and window[6:] == [1, 1]
+        and not remove_center
+        and not softmax
+        and _device_has_kernel(packed.device.index)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _device_has_kernel(device: int) -> bool:
+    found = native_library("cuda", torch.bfloat16)
+    return found is not None and launch.has_projected_kernel(found, device)
+
+
+def _forward(packed, weight, bias, channels: int, save_output: bool, *scalars):
+    input, offset_mask = split_packed(packed, channels, launch.geometry_of(scalars))
+    return launch.forward_projected(input, offset_mask, weight, bias, save_output, *scalars)
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl("dcnv4_packed_linear", _forward, _key)
+
+
+@torch.library.register_fake("dcngen::dcnv4_packed_linear", lib=library)
+def _forward_fake(packed, weight, bias, channels, save_output, *scalars):
+    split_packed(packed, channels, launch.geometry_of(scalars))
+    output = packed.new_empty((*packed.shape[:3], channels) if save_output else (0,))
+    return packed.new_empty((*packed.shape[:3], weight.shape[0])), output
+
+
+def _setup_context(ctx, inputs, output):
+    packed, weight, bias, ctx.channels, _, *ctx.scalars = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(packed, weight, bias, output[1])
+
+
+def _gradients(ctx, grad):
+    packed, weight, bias, output = ctx.saved_tensors
+    if grad is None:
+        return None, None, None
+    wanted = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
+        geometry = launch.geometry_of(ctx.scalars)
+        result = F.linear(reference_forward(*split_packed(packed, ctx.channels, geometry), geometry), weight, bias)
+        tensors = [t for t, want in zip((packed, weight, bias), wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(result, tensors, grad, create_graph=True))
+        return tuple(next(found) if want else None for want in wanted)
+    if output.dim() == 1:  # of a call that did not expect a backward
+        output = torch.ops.dcngen.dcnv4_packed.default(packed, ctx.channels, *ctx.scalars)
+    flat = grad.flatten(0, 2)
+    of_packed = of_weight = of_bias = None
+    if wanted[0]:
+        of_output = (flat @ weight).view(output.shape)
+        plain = is_plain_eager(packed, weight) and type(of_output) in PLAIN_TYPES and not grad.is_neg()
+        of_packed = (_packed_backward if plain else _backward_op)(of_output, packed, ctx.channels, *ctx.scalars)
+    if wanted[1]:
+        of_weight = flat.t() @ output.flatten(0, 2)
+    if wanted[2]:
+        of_bias = flat.sum(0)
+    return of_packed, of_weight, of_bias
+
+
+class _EagerLinear(torch.autograd.Function):
+    """What the operator's autograd does, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, packed, weight, bias, channels, scalars):
+        projected, output = _forward(packed, weight, bias, channels, True, *scalars)
+        ctx.channels, ctx.scalars = channels, scalars
+        ctx.save_for_backward(packed, weight, bias, output)
+        return projected
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_gradients(ctx, grad), None, None
+
+
+torch.library.register_autograd(
+    "dcngen::dcnv4_packed_linear",
+    lambda ctx, grad, _: (*_gradients(ctx, grad), *[None] * (2 + len(ctx.scalars))),
+    setup_context=_setup_context,
+    lib=library,
+)
+
+
+register_autocast("dcnv4_packed_linear")
