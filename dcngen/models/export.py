@@ -46,9 +46,10 @@ from __future__ import annotations
 
 OPERATOR = """
 try:
-    from dcngen.ops import dcnv4, dcnv4_packed
+    from dcngen.ops import dcnv4, dcnv4_packed, dcnv4_packed_linear
 except ModuleNotFoundError:
     dcnv4, dcnv4_packed = dcnv4_reference, dcnv4_packed_reference
+    dcnv4_packed_linear = dcnv4_packed_linear_reference
 """
 
 

@@ -6,7 +6,7 @@ from .geometry import offset_mask_channels
 from .native import NativeLibraryError
 from .packed import dcnv4_packed
 from .projected import dcnv4_packed_linear
-from .reference import dcnv4_packed_reference, dcnv4_reference
+from .reference import dcnv4_packed_linear_reference, dcnv4_packed_reference, dcnv4_reference
 
 __all__ = [
     "FallbackWarning",
@@ -16,6 +16,7 @@ __all__ = [
     "dcnv4",
     "dcnv4_packed",
     "dcnv4_packed_linear",
+    "dcnv4_packed_linear_reference",
     "dcnv4_packed_reference",
     "dcnv4_reference",
     "offset_mask_channels",

@@ -58,6 +58,13 @@ def dcnv4_packed_reference(packed: torch.Tensor, *, channels: int, groups: int, 
     return reference_forward(*split_packed(packed, channels, geometry), geometry)
 
 
+def dcnv4_packed_linear_reference(
+    packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, channels: int, **options
+) -> torch.Tensor:
+    """`F.linear` of `dcnv4_packed_reference`; see `dcnv4_packed_linear`."""
+    return F.linear(dcnv4_packed_reference(packed, channels=channels, **options), weight, bias)
+
+
 def reference_forward(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """dcnv4_reference for a Geometry already made."""
     check_tensors(input, offset_mask, geometry)
