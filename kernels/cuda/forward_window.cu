@@ -42,10 +42,13 @@ bool forward_window_applies(const Params& p) {
                        p.offset_mask_pixel_stride % values == 0 && p.output_pixel_stride % values == 0 &&
                        p.offset_mask_channels % values == 0 &&
                        p.offset_mask_channels >= window::kGroupValues * p.groups;
-  // Far samples address an image in 32 bits of 16 bytes.
-  const bool addressable = p.height_in * p.width_in * (p.input_pixel_stride / values) < int64_t{1} << 32;
-  // A block is at most four units of the gather kernel.
-  return plain_3x3 && vectors && addressable && 4 * most_blocks(p) < int64_t{1} << 31;
+  // Far samples address an image in 32 bits of 16 bytes; their places are made integers by Corners::kShift.
+  constexpr int64_t kMost = int64_t{1} << 23, kMostStride = int64_t{1} << 28;
+  const bool addressable = p.height_in * p.width_in * (p.input_pixel_stride / values) < int64_t{1} << 32 &&
+                           p.height_in <= kMost && p.width_in <= kMost && p.offset_mask_pixel_stride < kMostStride &&
+                           p.output_pixel_stride < kMostStride && p.input_pixel_stride < kMostStride;
+  // A block is at most four units of the gather kernel, which numbers up to an eighth more than there are.
+  return plain_3x3 && vectors && addressable && 5 * most_blocks(p) < int64_t{1} << 31;
 }
 
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream) {
