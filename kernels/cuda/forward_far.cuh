@@ -14,66 +14,49 @@ constexpr int kMostFar = 24;
 
 // What sampling needs of the problem. Distances in the input are counted in pieces of 16 bytes.
 struct FarContext {
-  // Of an axis: the last place where two neighbours begin, and 1 if the second of them is in the image, else 0.
-  struct Axis {
-    float last, second;
-    Axis() = default;
-    explicit Axis(int size) : last(size > 1 ? static_cast<float>(size - 2) : 0.f), second(size > 1 ? 1.f : 0.f) {}
-  };
-  Axis horizontal, vertical;
-  int width_in, pad_h, pad_w;
+  int height_in, width_in, pad_h, pad_w;
   float scale;
   uint32_t stride_pieces;             // from pixel to pixel
   uint32_t pixel_pieces, row_pieces;  // to a corner's neighbours: 0 where the image has one column, one row
-  uint32_t minus_shift;               // undoes what Corners::kShift adds to the number of a pixel
   FarContext() = default;
-  explicit FarContext(const Params& p);
+  explicit FarContext(const Params& p)
+      : height_in(static_cast<int>(p.height_in)), width_in(static_cast<int>(p.width_in)), pad_h(p.pad_h),
+        pad_w(p.pad_w), scale(p.offset_scale) {
+    stride_pieces = static_cast<uint32_t>(p.input_pixel_stride / (p.dtype == DCNGEN_FLOAT32 ? 4 : 8));
+    pixel_pieces = width_in > 1 ? stride_pieces : 0;
+    row_pieces = height_in > 1 ? static_cast<uint32_t>(width_in) * stride_pieces : 0;
+  }
 };
 
-// A sample's four corners: the number of the upper left pixel, and weights in row order. The corners are two neighbouring
-// columns and rows inside the image; the hat functions give a corner that the sample does not touch weight 0, so borders
-// need no cases. A place that does not count (NaN too) gets only zeros.
+// A sample's four corners: the upper left one's distance from the image's first value, and weights in row order. The
+// corners are two neighbouring columns and rows inside the image; the hat functions give a corner that the sample does
+// not touch weight 0, so borders need no cases. A place that does not count (NaN too) gets only zeros.
 struct Corners {
-  // Added to a place of at most 2^23 (forward_window_applies sees to that) and rounded down, this leaves the integer in
-  // the low bits: one addition where a conversion takes the slow unit.
-  static constexpr float kShift = 8388608.f;
-  static constexpr uint32_t kShiftBits = 0x4b000000u;
-
   float weight[4];
-  uint32_t pixel;
+  uint32_t first;
   bool counts;
   __device__ __forceinline__ Corners(const FarContext& c, float x, float y, float mask) {
     float left_weight, right_weight, upper_weight, lower_weight;
-    const uint32_t left = first_of_two(x, c.horizontal, left_weight, right_weight);
-    const uint32_t top = first_of_two(y, c.vertical, upper_weight, lower_weight);
+    const float left = first_of_two(x, c.width_in, left_weight, right_weight);
+    const float top = first_of_two(y, c.height_in, upper_weight, lower_weight);
     counts = left_weight + right_weight > 0.f && upper_weight + lower_weight > 0.f;
-    const float counted = counts ? mask : 0.f;  // selected: the mask may be NaN
-    const float upper = counted * upper_weight, lower = counted * lower_weight;
+    const float upper = counts ? mask * upper_weight : 0.f, lower = counts ? mask * lower_weight : 0.f;
     weight[0] = upper * left_weight, weight[1] = upper * right_weight;
     weight[2] = lower * left_weight, weight[3] = lower * right_weight;
-    pixel = top * c.width_in + left + c.minus_shift;
+    const uint32_t pixel = static_cast<uint32_t>(top) * c.width_in + static_cast<uint32_t>(left);
+    first = counts ? pixel * c.stride_pieces : 0;
   }
 
  private:
-  // The first of two neighbours inside the image, with kShift, and their weights at coordinate `at`.
-  static __device__ __forceinline__ uint32_t first_of_two(float at, const FarContext::Axis& axis, float& first,
-                                                          float& second) {
-    const float shifted = __fadd_rd(fminf(fmaxf(at, 0.f), axis.last), kShift);
-    const float distance = at - (shifted - kShift);
+  // The first of two neighbours inside [0, size) and their weights at coordinate `at`.
+  static __device__ __forceinline__ float first_of_two(float at, int size, float& first, float& second) {
+    const float left = fminf(fmaxf(floorf(at), 0.f), static_cast<float>(max(size - 2, 0)));
+    const float distance = at - left;
     first = __saturatef(1.f - fabsf(distance));
-    second = __saturatef(axis.second - fabsf(distance - 1.f));
-    return __float_as_uint(shifted);
+    second = size > 1 ? __saturatef(1.f - fabsf(distance - 1.f)) : 0.f;
+    return left;
   }
 };
-
-inline FarContext::FarContext(const Params& p)
-    : horizontal(static_cast<int>(p.width_in)), vertical(static_cast<int>(p.height_in)),
-      width_in(static_cast<int>(p.width_in)), pad_h(p.pad_h), pad_w(p.pad_w), scale(p.offset_scale) {
-  stride_pieces = static_cast<uint32_t>(p.input_pixel_stride / (p.dtype == DCNGEN_FLOAT32 ? 4 : 8));
-  pixel_pieces = p.width_in > 1 ? stride_pieces : 0;
-  row_pieces = p.height_in > 1 ? static_cast<uint32_t>(width_in) * stride_pieces : 0;
-  minus_shift = 0u - Corners::kShiftBits * static_cast<uint32_t>(width_in + 1);
-}
 
 // The place of tap k of output pixel (x, y), given its offset.
 __device__ __forceinline__ float place_x(const FarContext& c, int x, int k, float offset) {
@@ -138,7 +121,7 @@ struct FarRecords {
       const Corners corners(c, x, y, mask);
       store_shared(own + slot * 16, Dtype<T>::pack(corners.weight[0], corners.weight[1]));
       store_shared(own + slot * 16 + 4, Dtype<T>::pack(corners.weight[2], corners.weight[3]));
-      store_shared(own + slot * 16 + 8, corners.pixel * c.stride_pieces);
+      store_shared(own + slot * 16 + 8, corners.first);
     }
     __syncwarp();
   }

@@ -15,10 +15,10 @@ struct ForwardGather {
   const void* offset_mask;
   void* output;
   int64_t image_bytes, image_taps_bytes, image_output_bytes;
-  uint32_t pixel_bytes, pixel_taps_bytes, pixel_output_bytes;  // from pixel to pixel
+  uint32_t pixel_taps_bytes, pixel_output_bytes;  // from pixel to pixel
   int height_out, width_out, slices, offset_mask_bytes;
   uint32_t units;
-  FarContext far;
+  GatherContext far;
   FastDivide slices_per_group, chunks, strip, units_y, strips;
 };
 
@@ -33,8 +33,8 @@ struct GatherShape {
   static constexpr int PIXELS = 32 / LANES;                                            // of one load
   static constexpr int PAIR_LANES = CHANNELS / VALUES;  // of a (pixel, group): they share its nine places
   using Span = GroupSpan<SLICES, static_cast<int>(sizeof(T))>;
-  // Of a pixel's offsets and masks in shared memory: lanes without a ninth tap read one beyond it, and use nothing of it.
-  // No multiple of 128 bytes, so that the pixels of a load lie in different banks.
+  // Of a pixel in shared memory: lanes without a ninth tap read one beyond its values, and use nothing of it. No
+  // multiple of 128 bytes, so that the pixels of a load lie in different banks.
   static constexpr int TAPS_READ = (kTaps + PAIR_LANES - 1) / PAIR_LANES * PAIR_LANES, VALUE = sizeof(T);
   static constexpr int VALUES_READ = (SLICES - 1) * kGroupValues + 2 * kTaps + TAPS_READ;
   static constexpr int PIECES = (VALUES_READ * VALUE + 31 - VALUE) / 16;
@@ -108,7 +108,7 @@ struct TapsCopy {
 
 // The sum over a lane's nine samples.
 template <typename T, typename Shape>
-__device__ __forceinline__ void gather_pixel(float (&sum)[Shape::VALUES], const FarContext& c, LaneTaps lane,
+__device__ __forceinline__ void gather_pixel(float (&sum)[Shape::VALUES], const GatherContext& c, LaneTaps lane,
                                              const LaneImage& image) {
   constexpr int kLanes = Shape::PAIR_LANES, kRun = kLanes < 4 ? kLanes : 4;  // longer runs would spill registers
   uint4 corners[4] = {};  // finite, whatever the registers held, where samples do not count
@@ -140,7 +140,7 @@ __device__ __forceinline__ void gather_unit(const ForwardGather& p, const Gather
   const int byte = (first_slice * Shape::CHANNELS + in_pixel) * VALUE;
   const bool has_channels = slice < p.slices;
   LaneImage image = {static_cast<const char*>(p.input) + unit.image * p.image_bytes + (has_channels ? byte : 0),
-                     p.pixel_bytes, p.far.pixel_pieces * 16, p.far.row_pieces * 16};
+                     p.far.pixel_bytes, p.far.next_pixel, p.far.next_row};
   asm volatile("" : "+l"(image.first));  // one value, else the compiler adds its parts at every corner
   const int first_byte = Shape::Span::first_byte(static_cast<int>(p.slices_per_group.divide(first_slice)));
   const int group = static_cast<int>(p.slices_per_group.divide(slice)), first_tap = lane % Shape::PAIR_LANES;
@@ -257,8 +257,8 @@ DeviceLimits device_limits();
 template <typename T, typename Shape>
 cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   const Params& p = args.p;
-  // On small maps many far samples lie outside. A load of wide groups has few (pixel, group) pairs, so often none of its
-  // samples counts: asking pays up to 14x14, at 16x16 it takes more time than it saves.
+  // On small maps many far samples lie outside. A load of wide groups has few (pixel, group) pairs, so often none of
+  // its samples counts: asking pays up to 14x14, at 16x16 it takes more time than it saves.
   if constexpr (Shape::PAIR_LANES >= 4 && !Shape::SKIP) {
     if (p.height_in * p.width_in <= 200) return launch_gather<T, typename Shape::Skipping>(args, stream);
   }
@@ -270,7 +270,6 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   gather.image_bytes = int64_t{p.height_in} * p.width_in * p.input_pixel_stride * VALUE;
   gather.image_taps_bytes = int64_t{p.height_out} * p.width_out * p.offset_mask_pixel_stride * VALUE;
   gather.image_output_bytes = int64_t{p.height_out} * p.width_out * p.output_pixel_stride * VALUE;
-  gather.pixel_bytes = static_cast<uint32_t>(p.input_pixel_stride * VALUE);
   gather.pixel_taps_bytes = static_cast<uint32_t>(p.offset_mask_pixel_stride * VALUE);
   gather.pixel_output_bytes = static_cast<uint32_t>(p.output_pixel_stride * VALUE);
   gather.height_out = static_cast<int>(p.height_out);
@@ -283,7 +282,7 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   const int units_y = (gather.height_out + Shape::UNIT_H - 1) / Shape::UNIT_H;
   const int strips = (units_x + kStripUnits - 1) / kStripUnits, strip = (units_x + strips - 1) / strips;
   gather.units = static_cast<uint32_t>(p.batch * chunks * strips * strip * units_y);
-  gather.far = FarContext(p);
+  gather.far = GatherContext(p);
   gather.slices_per_group = FastDivide(p.group_channels / Shape::CHANNELS);
   gather.chunks = FastDivide(chunks);
   gather.strip = FastDivide(strip);

@@ -42,7 +42,7 @@ bool forward_window_applies(const Params& p) {
                        p.offset_mask_pixel_stride % values == 0 && p.output_pixel_stride % values == 0 &&
                        p.offset_mask_channels % values == 0 &&
                        p.offset_mask_channels >= window::kGroupValues * p.groups;
-  // Far samples address an image in 32 bits of 16 bytes; their places are made integers by Corners::kShift.
+  // Far samples address an image in 32 bits of 16 bytes; their places are made integers by GatherCorners::kShift.
   constexpr int64_t kMost = int64_t{1} << 23, kMostStride = int64_t{1} << 28;
   const bool addressable = p.height_in * p.width_in * (p.input_pixel_stride / values) < int64_t{1} << 32 &&
                            p.height_in <= kMost && p.width_in <= kMost && p.offset_mask_pixel_stride < kMostStride &&

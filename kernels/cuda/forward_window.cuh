@@ -175,8 +175,8 @@ __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const Outpu
     __syncthreads();
   } else {
     copy_offset_mask<typename Shape::Span, 32>(
-        own, reinterpret_cast<const char*>(image_taps()), static_cast<uint32_t>(p.offset_mask_stride * 2),
-        first_value * 2, p.offset_mask_bytes, Shape::WARP_PIXEL_BLOCKS * 16, lane, [&](int q) {
+        own, reinterpret_cast<const char*>(image_taps()), p.offset_mask_stride * 2, first_value * 2,
+        p.offset_mask_bytes, Shape::WARP_PIXEL_BLOCKS * 16, lane, [&](int q) {
           const int block = first_block + (q >> 4);
           return at.pixel(p, Shape::block_y(block) + ((q >> 2) & 3), Shape::block_x(block) + (q & 3));
         });
@@ -261,7 +261,7 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
     const bool exists = lane_slice(task) < p.slices && pixel_of(lane_block, m) >= 0;
     if (!exists) far[task] = 0;
     unit_far[task] = __reduce_add_sync(kAllLanes, __popc(far[task]) << 16 * unit_of_lane);
-    // Of the pixels that exist: where a border leaves few, as many far samples take the gather kernel less time.
+    // By the pixels that exist: where the map's border leaves few, the gather kernel has as much less to do.
     const unsigned pixels = __reduce_add_sync(kAllLanes, exists ? 1u << 16 * unit_of_lane : 0);
     many_far |= (unit_far[task] & 0xffff) * 16 > kMostFar * (pixels & 0xffff) ||
                 (unit_far[task] >> 16) * 16 > kMostFar * (pixels >> 16);

@@ -70,7 +70,7 @@ __device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Far
     const Corners corners(c, place_x(c, x, k, load_value<float>(values + 8 * k)),
                           place_y(c, y, k, load_value<float>(values + 8 * k + 4)),
                           load_value<float>(values + (2 * kTaps + k) * 4));
-    const uint4* from = reinterpret_cast<const uint4*>(image) + corners.pixel * c.stride_pieces;
+    const uint4* from = reinterpret_cast<const uint4*>(image) + corners.first;
     const uint4 v[4] = {load_global16(from), load_global16(from + c.pixel_pieces), load_global16(from + c.row_pieces),
                         load_global16(from + c.row_pieces + c.pixel_pieces)};
     uint32_t weights[4];
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
   const int first_slice = chunk * S::SLICES;
   const int first_byte = S::Span::first_byte(static_cast<int>(p.slices_per_group.divide(first_slice)));
   copy_offset_mask<typename S::Span, kThreads>(
-      tile + S::TAPS_AT, reinterpret_cast<const char*>(image_taps), static_cast<uint32_t>(p.offset_mask_stride * 4),
-      first_byte, p.offset_mask_bytes, kPixels, thread, [&](int q) {
+      tile + S::TAPS_AT, reinterpret_cast<const char*>(image_taps), p.offset_mask_stride * 4, first_byte,
+      p.offset_mask_bytes, kPixels, thread, [&](int q) {
         const int y = y0 + q / kTile, x = x0 + q % kTile;
         return y < p.height_out && x < p.width_out ? y * p.width_out + x : -1;
       });

@@ -107,7 +107,7 @@ struct GroupSpan {
 // split over LANES threads. pixel_at(q) is q's pixel index in the image or negative (then zeros are written);
 // bytes from limit_bytes on (the end of a pixel's values, a multiple of 16) are zeros too.
 template <typename Span, int LANES, typename PixelAt>
-__device__ __forceinline__ void copy_offset_mask(uint32_t to, const char* image, uint32_t pixel_bytes, int first_byte,
+__device__ __forceinline__ void copy_offset_mask(uint32_t to, const char* image, int64_t pixel_bytes, int first_byte,
                                                  int limit_bytes, int count, int lane, PixelAt pixel_at) {
   constexpr int LANES_PER_PIXEL = Span::NEEDED <= 4 ? 4 : Span::NEEDED <= 8 ? 8 : 16;
   const int piece = lane % LANES_PER_PIXEL;
@@ -118,8 +118,7 @@ __device__ __forceinline__ void copy_offset_mask(uint32_t to, const char* image,
     for (int part = piece; part < Span::NEEDED; part += LANES_PER_PIXEL) {
       const int byte = first_byte + part * 16;
       const bool valid = pixel >= 0 && byte < limit_bytes;
-      const char* from = image + static_cast<uint64_t>(valid ? pixel : 0) * pixel_bytes + (valid ? byte : 0);
-      copy_async16(to + q * Span::PITCH + part * 16, from, valid);
+      copy_async16(to + q * Span::PITCH + part * 16, valid ? image + pixel * pixel_bytes + byte : image, valid);
     }
   }
 }
