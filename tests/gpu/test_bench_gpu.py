@@ -20,7 +20,8 @@ def test_torchvision_computes_dcnv4(dtype):
     torchvision = competitors(case.channels, case.groups, x.value.dtype, DEVICE)["torchvision"]
     theirs = torchvision.output(torchvision.run(torchvision.prepare(x.value, x.offset_mask)))
     ours = dcnv4(x.value, x.offset_mask, groups=case.groups)
-    assert relative_error(theirs, ours) <= (1e-5 if dtype == "fp32" else 1e-2)
+    # torchvision computes places in the storage type: a float16 place of 13 pixels is off by up to 0.004.
+    assert relative_error(theirs, ours) <= (1e-5 if dtype == "fp32" else 2e-2)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
