@@ -29,11 +29,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dcngen.bench.competitors import TAPS, split_offset_mask, torchvision_operator, torchvision_tensors
+from dcngen.bench.competitors import torchvision_operator, torchvision_tensors
 from dcngen.ops import backend, dcnv4, dcnv4_reference, native, offset_mask_channels
+from dcngen.ops.geometry import make_geometry
+from dcngen.ops.reference import split_offset_mask
 
 DEFAULT_SHAPES = ("1x56x56x128:16", "8x32x32x256:32", "64x8x8x64:16")
 TOLERANCE = {"dcngen": 1e-5}  # relative to the largest value; others 1e-4
+TAPS = 9
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Contestant:
 def grid_sample_dcn(input: torch.Tensor, offset_mask: torch.Tensor, groups: int) -> torch.Tensor:
     """3x3, stride 1, padding 1 through F.grid_sample; channels last in and out."""
     batch, height, width, channels = input.shape
-    offsets, masks = split_offset_mask(offset_mask, groups)
+    offsets, masks = split_offset_mask(offset_mask, make_geometry(groups=groups))
     axis = torch.arange(-1.0, 2.0)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(TAPS, 2)  # (x, y), x outer
     x, y = torch.arange(width).float(), torch.arange(height).float()

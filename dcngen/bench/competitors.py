@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-TAPS = 9  # of the 3x3 windows that are compared
+from dcngen.ops.geometry import make_geometry
+from dcngen.ops.reference import split_offset_mask
 
 
 class Competitor(NamedTuple):
@@ -16,17 +17,7 @@ class Competitor(NamedTuple):
 
     prepare: Callable[[torch.Tensor, torch.Tensor], Any]
     run: Callable[[Any], torch.Tensor]
-    computes_dcnv4: bool = False  # then `output` gives its result channels last
-
-    @staticmethod
-    def output(result: torch.Tensor) -> torch.Tensor:
-        return result.permute(0, 2, 3, 1)
-
-
-def split_offset_mask(offset_mask: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, H, W, P) into offsets (N, H, W, G, K, 2) as (x, y) and masks (N, H, W, G, K)."""
-    parts = offset_mask[..., : 3 * groups * TAPS].unflatten(-1, (groups, 3 * TAPS))
-    return parts[..., : 2 * TAPS].unflatten(-1, (TAPS, 2)), parts[..., 2 * TAPS :]
+    computes_dcnv4: bool = False  # then its result is channels last
 
 
 def torchvision_tensors(
@@ -37,7 +28,8 @@ def torchvision_tensors(
     It wants NCHW, taps row by row and (y, x); a depthwise weight of ones leaves the sum over the taps. Its places have
     the storage type, so in float16 it is another function on wide maps: beyond 256 pixels they are off by up to 0.125.
     """
-    offsets, masks = split_offset_mask(offset_mask, groups)
+    parts = split_offset_mask(offset_mask, make_geometry(groups=groups))
+    offsets, masks = (part.to(value.dtype) for part in parts)  # read as float32, which loses nothing
     row_major = [3 * i + j for j in range(3) for i in range(3)]  # our tap 3 * i + j runs over the width first
     offsets = offsets[..., row_major, :].flip(-1).flatten(3).permute(0, 3, 1, 2).contiguous()
     masks = masks[..., row_major].flatten(3).permute(0, 3, 1, 2).contiguous()
@@ -94,7 +86,7 @@ def competitors(channels: int, groups: int, dtype: torch.dtype, device: torch.de
     if deform_conv2d is not None and dtype != torch.bfloat16:  # which it does not take
         table["torchvision"] = Competitor(
             lambda value, offset_mask: torchvision_tensors(value, offset_mask, groups),
-            lambda x: deform_conv2d(*x[:3], padding=1, mask=x[3]),
+            lambda x: deform_conv2d(*x[:3], padding=1, mask=x[3]).permute(0, 2, 3, 1),
             computes_dcnv4=True,
         )
     return table

@@ -16,7 +16,7 @@ def inputs():
 @pytest.mark.skipif(torchvision_operator() is None, reason="no torchvision that fits this torch")
 def test_torchvision_computes_dcnv4(inputs):
     torchvision = competitors(64, 2, torch.float32, torch.device("cpu"))["torchvision"]
-    got = torchvision.output(torchvision.run(torchvision.prepare(*inputs)))
+    got = torchvision.run(torchvision.prepare(*inputs))
     torch.testing.assert_close(got, dcnv4_reference(*inputs, groups=2), rtol=1e-4, atol=1e-5)
 
 
