@@ -13,7 +13,9 @@ def build_parser() -> argparse.ArgumentParser:
     from dcngen.diffusion import SAMPLERS
 
     parser = argparse.ArgumentParser(prog="python -m dcngen compare", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("runs", nargs="+", help="run folders; the first is the baseline")
+    parser.add_argument(
+        "runs", nargs="+", help="run folders; the first is the baseline, training seeds of one recipe go together"
+    )
     plan = parser.add_argument_group("plan", "one for all runs")
     plan.add_argument("--num-images", type=int, default=2048, help="pictures from each run (default: 2048)")
     plan.add_argument("--seed", type=int, default=0, help="seed of the first picture; picture i has seed + i")

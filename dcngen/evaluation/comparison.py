@@ -14,6 +14,7 @@ from dcngen.data import ImageSet, open_images
 from dcngen.evaluation.features import Features, extract_features, matching_reference, open_generated
 from dcngen.evaluation.metrics import torchmetrics_image
 from dcngen.evaluation.networks import FeatureNetwork
+from dcngen.evaluation.repeats import Repeats, group_repeats
 from dcngen.evaluation.runs import Run, config_differences, require_comparable, unequal_training, unet_flops
 from dcngen.evaluation.scores import Scores, score
 from dcngen.evaluation.spaces import INCEPTION, FeatureSpace
@@ -51,6 +52,10 @@ class Arm:
     sampling: dict
     verdict: Verdict | None = None
 
+    @property
+    def name(self) -> str:
+        return self.run.name
+
 
 @dataclass
 class Comparison:
@@ -71,6 +76,17 @@ class Comparison:
     seconds: float = 0.0
     command: str = ""
     versions: dict = field(default_factory=dict)
+    repeats: list[Repeats] = field(default_factory=list)
+
+    @property
+    def judged(self) -> list:
+        """What is judged, the baseline first: recipes of several training seeds where there are any, else the arms."""
+        return self.repeats or self.arms
+
+    def style(self, arm: Arm) -> str:
+        """The class that colours an arm in the report, one a recipe."""
+        owners = [arm in group.arms for group in self.repeats] or [arm is other for other in self.arms]
+        return f"arm{owners.index(True) % 4}"
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -78,6 +94,7 @@ class Comparison:
             "plan": self.plan.to_dict(),
             "plan_digest": self.plan.digest(),
             "arms": [_arm_dict(arm) for arm in self.arms],
+            "repeats": [group.to_dict() for group in self.repeats],
             "floors": {name: scores.to_dict() for name, scores in self.floors.items()},
             "reference": {
                 "name": self.reference.name,
@@ -125,6 +142,8 @@ def compare(
     progress: bool = True,
 ) -> Comparison:
     """Score runs under one plan against the held-out part of their data set; the first run is the baseline.
+
+    Runs that differ in the training seed alone are judged together, by their mean and the scatter between them.
 
     Args:
         run_folders: one or more run folders.
@@ -179,6 +198,7 @@ def compare(
         device=_device_name(device),
         space=network.space,
         versions=_versions(),
+        repeats=group_repeats(arms),
     )
     cache = _cache(runs[0])
     if "train" in floors and reference.split != "train":  # else the pictures would be compared with themselves

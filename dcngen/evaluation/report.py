@@ -13,6 +13,7 @@ from dcngen.data import ImageSet
 from dcngen.data.files import atomic_file
 from dcngen.evaluation.charts import Series, interval_chart, line_chart
 from dcngen.evaluation.comparison import Arm, Comparison, floor_label
+from dcngen.evaluation.repeats import Repeats
 from dcngen.evaluation.scores import Scores
 from dcngen.evaluation.statistics import Z95
 
@@ -47,7 +48,10 @@ def terminal_table(comparison: Comparison) -> str:
         "train time",
         "sample img/s",
     ]
-    rows = [[cell.replace("&plusmn;", "+-") for cell in _cells(arm)] for arm in comparison.arms]
+    rows = [_cells(arm) for arm in comparison.arms]
+    rows += [[group.name, *_mean_cells(group), *[""] * 5] for group in comparison.repeats]
+    rows = [[cell.replace("&plusmn;", "+-") for cell in row] for row in rows]
+    num_rows = len(rows)
     for name, scores in comparison.floors.items():
         rows.append([floor_label(name, space), f"{scores.frechet:.2f}", f"{1000 * scores.kernel:.2f}", *[""] * 5])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -59,11 +63,12 @@ def terminal_table(comparison: Comparison) -> str:
         for row in [header, *rows]
     ]
     lines.insert(1, "-" * len(lines[0]))
-    lines.insert(2 + len(comparison.arms), "-" * len(lines[0]))
-    for arm in comparison.arms[1:]:
+    lines.insert(2 + num_rows, "-" * len(lines[0]))
+    baseline, *others = comparison.judged
+    for other in others:
         lines.append("")
-        against = f"{arm.run.name} is {arm.verdict.outcome.upper()} against {comparison.arms[0].run.name}"
-        lines.append(f"{against}: {arm.verdict.reason}.")
+        against = f"{other.name} is {other.verdict.outcome.upper()} against {baseline.name}"
+        lines.append(f"{against}: {other.verdict.reason}.")
     lines += [f"warning: {text}" for text in comparison.warnings]
     lines += [f"note: {text}" for text in comparison.arms[0].scores.notes]
     return "\n".join(lines)
@@ -72,7 +77,7 @@ def terminal_table(comparison: Comparison) -> str:
 def _cells(arm: Arm) -> list[str]:
     training = arm.run.training
     return [
-        arm.run.name,
+        arm.name,
         _with_error(arm.scores.frechet, arm.scores.frechet_error, 2),
         _with_error(1000 * arm.scores.kernel, 1000 * arm.scores.kernel_error, 2),
         f"{arm.num_parameters / 1e6:.2f} M",
@@ -81,6 +86,15 @@ def _cells(arm: Arm) -> list[str]:
         _duration(training["train_seconds"]),
         f"{arm.sampling['images_per_second']:.1f}" if arm.sampling["images_per_second"] else "-",
     ]
+
+
+def _mean_cells(group: Repeats) -> list[str]:
+    """Mean of both distances over the training seeds, with 95 % intervals where there are several."""
+    cells = []
+    for distance, factor in (("frechet", 1), ("kernel", 1000)):
+        mean, half_width = group.mean(distance)
+        cells.append(f"{factor * mean:.2f}" + (f" &plusmn; {factor * half_width:.2f}" if half_width else ""))
+    return cells
 
 
 def _with_error(value: float, error: float, digits: int) -> str:
@@ -100,11 +114,11 @@ def _duration(seconds: float | None) -> str:
 
 def render(comparison: Comparison) -> str:
     """The page as HTML; pictures and styles are inside."""
-    names = " and ".join(escape(arm.run.name) for arm in comparison.arms)
+    names = " and ".join(escape(judged.name) for judged in comparison.judged)
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [
         _heading(comparison, names),
-        *map(_verdict_box(comparison), comparison.arms[1:]),
+        *map(_verdict_box(comparison), comparison.judged[1:]),
         _score_section(comparison),
     ]
     sections += [_curve_section(comparison), _picture_section(comparison), _difference_section(comparison)]
@@ -127,16 +141,18 @@ def _heading(comparison: Comparison, names: str) -> str:
 
 
 def _verdict_box(comparison: Comparison):
-    def box(arm: Arm) -> str:
-        v, space = arm.verdict, comparison.space
+    pairing = "over training seeds" if comparison.repeats else "paired by seed"
+
+    def box(judged: Arm | Repeats) -> str:
+        v, space = judged.verdict, comparison.space
         low, high = v.frechet_interval
         kernel, kernel_low, kernel_high = (1000 * value for value in (v.kernel_difference, *v.kernel_interval))
         return (
-            f'<div class="verdict {v.outcome}"><b>{escape(arm.run.name)}: {v.outcome}</b><span>{escape(v.reason)}.<br>'
+            f'<div class="verdict {v.outcome}"><b>{escape(judged.name)}: {v.outcome}</b><span>{escape(v.reason)}.<br>'
             f"{space.frechet} difference {v.frechet_difference:+.2f} (95&nbsp;%: {low:+.2f} to {high:+.2f}), "
             f"{space.kernel}&nbsp;&times;&nbsp;1000 difference {kernel:+.2f} "
             f"({kernel_low:+.2f} to {kernel_high:+.2f}), "
-            f"paired by seed; baseline is {escape(comparison.arms[0].run.name)}.</span></div>"
+            f"{pairing}; baseline is {escape(comparison.judged[0].name)}.</span></div>"
         )
 
     return box
@@ -156,14 +172,18 @@ def _score_section(comparison: Comparison) -> str:
         "sampling",
     ]
     rows = []
-    for index, arm in enumerate(comparison.arms):
+    for arm in comparison.arms:
         name, frechet, kernel, parameters, flops, rate, duration, sampling = _cells(arm)
         seen = arm.run.training["num_images_seen"]
         trained = duration + (f"<br><small>{seen:,} pictures</small>" if seen else "")
-        key = f'<span class="key arm{index % 4}"></span>'
+        key = f'<span class="key {comparison.style(arm)}"></span>'
         speeds = [_unit(rate, "img/s"), trained, _unit(sampling, "img/s")]
         rows.append([key + escape(name), frechet, kernel, _infinity(arm.scores), parameters, flops, *speeds])
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    for group in comparison.repeats:
+        key = f'<span class="key {comparison.style(group.arms[0])}"></span>'
+        cells = [key + escape(group.name), *_mean_cells(group), *[""] * 6]
+        body += '<tr class="mean">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     for name, scores in comparison.floors.items():
         label = f'<span class="key floor"></span>{floor_label(name, space)}'
         cells = [label, f"{scores.frechet:.2f}", f"{1000 * scores.kernel:.2f}"]
@@ -173,9 +193,16 @@ def _score_section(comparison: Comparison) -> str:
     return (
         f"<h2>Scores</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>"
         f'<p class="note">Lower is better. &plusmn; is the 95&nbsp;% interval over seeds (delete-a-group jackknife, 20 '
-        f"groups). The grey rows are bounds: what real pictures would score at this number, and what the autoencoder "
-        f"alone costs. GFLOPs: one U-Net evaluation on one sample.</p><ul class=note>{notes}</ul>"
+        f"groups){_repeats_note(comparison)}. The grey rows are bounds: what real pictures would score at this "
+        f"number, and what the autoencoder alone costs. GFLOPs: one U-Net evaluation on one sample.</p>"
+        f"<ul class=note>{notes}</ul>"
     )
+
+
+def _repeats_note(comparison: Comparison) -> str:
+    if not comparison.repeats:
+        return ""
+    return "; in the bold rows, means over training seeds, it is Student's interval of the mean"
 
 
 def _infinity(scores: Scores) -> str:
@@ -189,13 +216,12 @@ def _unit(text: str, unit: str) -> str:
 def _curve_section(comparison: Comparison) -> str:
     space = comparison.space
     series = []
-    for index, arm in enumerate(comparison.arms):
+    for arm in comparison.arms:
         points = [m for m in arm.run.metrics if {"loss", "num_images_seen"} <= m.keys()]
         x, y = (np.array([m[name] for m in points], dtype=float) for name in ("num_images_seen", "loss"))
-        series.append(Series(arm.run.name, x, y, f"arm{index % 4}"))
+        series.append(Series(arm.name, x, y, comparison.style(arm)))
     rows = [
-        (arm.run.name, arm.scores.frechet, Z95 * arm.scores.frechet_error, f"arm{index % 4}")
-        for index, arm in enumerate(comparison.arms)
+        (arm.name, arm.scores.frechet, Z95 * arm.scores.frechet_error, comparison.style(arm)) for arm in comparison.arms
     ]
     rows += [(floor_label(name, space), scores.frechet, 0.0, "floor") for name, scores in comparison.floors.items()]
     loss = line_chart(series, "pictures seen", "training loss")
@@ -209,18 +235,17 @@ def _picture_section(comparison: Comparison) -> str:
     reference = comparison.reference
     labels = _shown_classes(comparison)
     columns = PANEL_COLUMNS if reference.image_size <= 96 else PANEL_COLUMNS // 2
+    arms = [group.arms[0] for group in comparison.repeats] or comparison.arms
     cells = ["<span></span>"]
-    cells += [
-        f'<h3><span class="key arm{i % 4}"></span>{escape(a.run.name)}</h3>' for i, a in enumerate(comparison.arms)
-    ]
+    cells += [f'<h3><span class="key {comparison.style(arm)}"></span>{escape(arm.name)}</h3>' for arm in arms]
     cells.append(f"<h3>real ({escape(reference.split)})</h3>")
     for label in labels:
         name = reference.class_names[label] if label is not None else "all"
         cells.append(f"<div class=class>{escape(name)}</div>")
-        cells += [_strip(arm.samples, None, label, columns) for arm in comparison.arms]
+        cells += [_strip(arm.samples, None, label, columns) for arm in arms]
         cells.append(_strip(reference, comparison.reference_indices, label, columns))
     return (
-        f'<h2>Pictures</h2><div class="panels" style="--n: {len(comparison.arms) + 1}">{"".join(cells)}</div>'
+        f'<h2>Pictures</h2><div class="panels" style="--n: {len(arms) + 1}">{"".join(cells)}</div>'
         f'<p class="note">Not chosen: the first pictures of each class by seed. The same place means the same seed.</p>'
     )
 
@@ -257,7 +282,7 @@ def _strip(images: ImageSet, indices: np.ndarray | None, label: int | None, colu
 def _difference_section(comparison: Comparison) -> str:
     if not comparison.differences:
         return ""
-    head = "<th>setting</th>" + "".join(f"<th>{escape(arm.run.name)}</th>" for arm in comparison.arms)
+    head = "<th>setting</th>" + "".join(f"<th>{escape(arm.name)}</th>" for arm in comparison.arms)
     rows = "".join(
         f"<tr><td><code>{escape(key)}</code></td>"
         + "".join(f"<td>{escape(str(value))}</td>" for value in values)

@@ -99,12 +99,18 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def recipe(run: Run) -> dict:
+    """What a run was trained by: its dotted configuration keys without bookkeeping and the training seed."""
+    return {key: value for key, value in _settings(run).items() if key != "seed"}
+
+
+def _settings(run: Run) -> dict:
+    return {key: value for key, value in flatten(run.config).items() if key.split(".")[0] not in BOOKKEEPING}
+
+
 def config_differences(runs: list[Run]) -> dict[str, list]:
     """Dotted configuration keys whose values differ between the runs, bookkeeping left out."""
-    flats = [
-        {key: value for key, value in flatten(run.config).items() if key.split(".")[0] not in BOOKKEEPING}
-        for run in runs
-    ]
+    flats = [_settings(run) for run in runs]
     keys = sorted(set().union(*flats))
     values = {key: [flat.get(key) for flat in flats] for key in keys}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}

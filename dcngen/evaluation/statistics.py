@@ -7,6 +7,7 @@ equation 6; kernel distance (KID): Binkowski et al., "Demystifying MMD GANs", 20
 """
 
 import functools
+import math
 import operator
 
 import numpy as np
@@ -157,6 +158,51 @@ def jackknife_error(values_without: np.ndarray) -> float:
     """Standard error from the values with one group left out each (delete-a-group jackknife)."""
     count = len(values_without)
     return float(np.sqrt((count - 1) / count * np.square(values_without - values_without.mean()).sum()))
+
+
+def student_factor(degrees: int) -> float:
+    """How many standard errors hold 95 % of Student's t on either side of 0: 12.7 for 1 degree of freedom, 2.0 for 60.
+
+    The share within t is a finite sum (Abramowitz and Stegun, equations 26.7.3 and 26.7.4).
+    """
+
+    def share_within(t: float) -> float:
+        angle = math.atan2(t, math.sqrt(degrees))
+        sine, cosine = math.sin(angle), math.cos(angle)
+        odd = degrees % 2
+        term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+        for k in range(2 + odd, degrees + 1, 2):
+            total += term
+            term *= (k - 1) / k * cosine**2
+        return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+    low, high = 0.0, 20.0
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        low, high = (middle, high) if share_within(middle) < 0.95 else (low, middle)
+    return high
+
+
+def mean_difference_interval(first: list[float], second: list[float]) -> tuple[float, float]:
+    """95 % interval of mean(second) - mean(first): Student's, with one variance for both sides.
+
+    Raises:
+        ValueError: fewer than three values together, which leave nothing to estimate a variance from.
+    """
+    degrees = len(first) + len(second) - 2
+    if degrees < 1:
+        raise ValueError(f"an interval over runs needs at least 3 runs together, got {len(first)} and {len(second)}")
+    squares = sum(float(np.square(np.subtract(values, np.mean(values))).sum()) for values in (first, second))
+    error = math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
+    difference, half_width = float(np.mean(second) - np.mean(first)), student_factor(degrees) * error
+    return difference - half_width, difference + half_width
+
+
+def mean_half_width(values: list[float]) -> float | None:
+    """Half the width of the 95 % interval of a mean (Student's); None of a single value."""
+    if len(values) < 2:
+        return None
+    return student_factor(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def frechet_infinity(

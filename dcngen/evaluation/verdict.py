@@ -4,7 +4,8 @@ Both are sampled under one plan, so picture i of either comes from the same seed
 group of seeds on both sides gives paired values whose difference has a far smaller error than each alone. What that
 error does not cover is training itself: a second training run with another seed moves FID about three times more than
 resampling its pictures does, so that gaps below about 1.3 % stay undecided however many pictures are drawn. (The figure
-was measured for FID; it serves the other feature spaces for want of their own.)
+was measured for FID; it serves the other feature spaces for want of their own.) Where both were trained several times,
+the scatter between the runs is known and takes its place.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from dcngen.evaluation.scores import Scores
 from dcngen.evaluation.spaces import FeatureSpace
-from dcngen.evaluation.statistics import Z95, jackknife_error
+from dcngen.evaluation.statistics import Z95, jackknife_error, mean_difference_interval
 
 RETRAINING_SPREAD = 0.013  # relative
 
@@ -25,7 +26,7 @@ class Verdict:
     Attributes:
         outcome: ``better``, ``worse`` or ``inconclusive``.
         reason: one or two sentences.
-        frechet_difference, frechet_interval: and its 95 % interval over seeds.
+        frechet_difference, frechet_interval: and its 95 % interval over seeds, of sampling or of training.
         frechet_relative: the difference as a fraction of the baseline's distance.
         kernel_difference, kernel_interval: the same for the kernel distance.
     """
@@ -49,22 +50,71 @@ def judge(baseline: Scores, candidate: Scores) -> Verdict:
     """Judge a candidate against a baseline scored under the same plan and reference."""
     frechet = candidate.frechet - baseline.frechet
     kernel = candidate.kernel - baseline.kernel
-    frechet_interval = paired_interval(frechet, baseline.frechet_without, candidate.frechet_without)
-    kernel_interval = paired_interval(kernel, baseline.kernel_without, candidate.kernel_without)
-    relative = frechet / baseline.frechet
-    biased = baseline.is_biased or candidate.is_biased
-    outcome, reason = _decide(baseline.space, frechet_interval, kernel_interval, relative, biased)
+    return _verdict(
+        [baseline],
+        [candidate],
+        paired_interval(frechet, baseline.frechet_without, candidate.frechet_without),
+        paired_interval(kernel, baseline.kernel_without, candidate.kernel_without),
+        ONE_RUN,
+    )
+
+
+def judge_repeats(baseline: list[Scores], candidate: list[Scores]) -> Verdict:
+    """Judge a candidate trained several times against a baseline trained several times, with other seeds each.
+
+    The intervals are Student's for the difference of two means, with one variance for both sides, which so few runs
+    could not tell apart; they cover training and sampling alike. One side may have one run only.
+
+    Raises:
+        ValueError: fewer than three runs together.
+    """
+    runs = f"{len(baseline)} and {len(candidate)} training runs"
+    return _verdict(
+        baseline,
+        candidate,
+        mean_difference_interval([s.frechet for s in baseline], [s.frechet for s in candidate]),
+        mean_difference_interval([s.kernel for s in baseline], [s.kernel for s in candidate]),
+        Evidence("training seeds", "train with more seeds", 0.0, f"These are the means of {runs}"),
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict rests on, in words, and the relative gap below which it decides nothing."""
+
+    over: str
+    remedy: str
+    least_gap: float
+    closing: str
+
+
+ONE_RUN = Evidence(
+    "seeds",
+    "draw more pictures",
+    RETRAINING_SPREAD,
+    "This is one training run a side: repeat with other training seeds before calling it general",
+)
+
+
+def _verdict(baseline: list[Scores], candidate: list[Scores], frechet_interval, kernel_interval, evidence) -> Verdict:
+    means = [np.mean([[s.frechet, s.kernel] for s in side], axis=0) for side in (baseline, candidate)]
+    frechet, kernel = (float(value) for value in means[1] - means[0])
+    relative = frechet / float(means[0][0])
+    biased = any(scores.is_biased for scores in [*baseline, *candidate])
+    outcome, reason = _decide(baseline[0].space, frechet_interval, kernel_interval, relative, biased, evidence)
     return Verdict(outcome, reason, frechet, frechet_interval, relative, kernel, kernel_interval)
 
 
-def _decide(space: FeatureSpace, frechet_interval, kernel_interval, relative: float, biased: bool) -> tuple[str, str]:
+def _decide(
+    space: FeatureSpace, frechet_interval, kernel_interval, relative: float, biased: bool, evidence: Evidence
+) -> tuple[str, str]:
     frechet_sign, kernel_sign = _sign(frechet_interval), _sign(kernel_interval)
     gap = f"{space.frechet} is {abs(relative):.1%} {'lower' if relative < 0 else 'higher'}"
     if frechet_sign == 0:
-        return "inconclusive", f"{gap}, but the 95 % interval of the difference includes 0: draw more pictures"
-    if abs(relative) < RETRAINING_SPREAD:
+        return "inconclusive", f"{gap}, but the 95 % interval of the difference includes 0: {evidence.remedy}"
+    if abs(relative) < evidence.least_gap:
         return "inconclusive", (
-            f"{gap}, less than the {RETRAINING_SPREAD:.1%} by which training again with another seed moves FID"
+            f"{gap}, less than the {evidence.least_gap:.1%} by which training again with another seed moves FID"
         )
     if kernel_sign == -frechet_sign:
         return "inconclusive", f"{gap}, but {space.kernel} says the opposite, also beyond its error"
@@ -78,8 +128,7 @@ def _decide(space: FeatureSpace, frechet_interval, kernel_interval, relative: fl
         f"and {space.kernel} agrees" if agrees else f"while the interval of {space.kernel}'s difference includes 0"
     )
     return ("better" if frechet_sign < 0 else "worse"), (
-        f"{gap}, beyond the 95 % interval over seeds, {agreement}. This is one training run a side: repeat with "
-        f"other training seeds before calling it general"
+        f"{gap}, beyond the 95 % interval over {evidence.over}, {agreement}. {evidence.closing}"
     )
 
 

@@ -8,10 +8,11 @@ import yaml
 from dcngen.data import ImageSet
 from dcngen.evaluation import charts
 from dcngen.evaluation.comparison import Arm, Comparison, reconstruct
+from dcngen.evaluation.repeats import group_repeats
 from dcngen.evaluation.report import render, terminal_table, write_report
 from dcngen.evaluation.runs import Run, config_differences, require_comparable, unequal_training, unet_flops
 from dcngen.evaluation.scores import Scores
-from dcngen.evaluation.verdict import judge
+from dcngen.evaluation.verdict import judge, judge_repeats
 
 
 def scores(fid, kid, *, num_images=5000, spread=0.01, offset=0.0):
@@ -58,6 +59,24 @@ def test_pairing_removes_what_both_arms_share():
     apart = judge(scores(20.0, 0.01, spread=0.5), scores(18.0, 0.008, spread=0.5, offset=2.0))
     widths = [v.frechet_interval[1] - v.frechet_interval[0] for v in (together, apart)]
     assert widths[0] < 1e-9 < 1 < widths[1]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "outcome", "reason"),
+    [
+        ([(18.0, 8), (18.1, 8.1), (17.9, 7.9)], "better", "over training seeds, and KID agrees"),
+        ([(22.0, 12), (22.1, 12.1)], "worse", "means of 3 and 2 training runs"),
+        ([(19.8, 9.8), (19.9, 9.9), (19.85, 9.85)], "better", "0.7% lower"),  # the known scatter decides, not 1.3 %
+        ([(18.0, 8), (24.0, 14), (17.0, 7)], "inconclusive", "includes 0: train with more seeds"),
+        ([(18.0, 12), (18.1, 12.1), (17.9, 11.9)], "inconclusive", "KID says the opposite"),
+        ([(18.0, 8)], "better", "3 and 1 training runs"),
+    ],
+)
+def test_verdict_over_training_seeds(candidate, outcome, reason):
+    baseline = [scores(20.0, 10e-3), scores(20.05, 10.05e-3), scores(19.95, 9.95e-3)]
+    verdict = judge_repeats(baseline, [scores(fid, kid * 1e-3) for fid, kid in candidate])
+    assert (verdict.outcome, reason in verdict.reason) == (outcome, True), verdict.reason
+    assert verdict.frechet_difference == pytest.approx(np.mean([fid for fid, _ in candidate]) - 20.0)
 
 
 @pytest.fixture
@@ -193,6 +212,54 @@ def test_table_and_page_hold_the_numbers(comparison, tmp_path):
     assert content["arms"][1]["verdict"]["outcome"] == "better" and content["plan"]["num_images"] == 40
     text = page.read_text()
     assert "18.00 &plusmn; 0.20" in text and "model.op" in text and comparison.weights_digest in text
+
+
+@pytest.fixture
+def repeated(comparison, make_run):
+    """Three training seeds of the stock arm, two of the other."""
+    first, other = comparison.arms
+    for seed, fid in ((1, 20.3), (2, 19.8)):
+        run = make_run(f"stock{seed}", seed=seed)
+        comparison.arms.append(Arm(run, scores(fid, 0.01 + seed * 1e-4), first.samples, 1, 1, first.sampling))
+    run = make_run("deformable1", seed=1, model={"op": "dcnv4"})
+    comparison.arms.append(Arm(run, scores(18.2, 0.0081), other.samples, 1, 1, other.sampling))
+    for arm in comparison.arms[1:]:
+        arm.verdict = judge(first.scores, arm.scores)
+    comparison.repeats = group_repeats(comparison.arms)
+    return comparison
+
+
+def test_runs_that_differ_in_the_seed_alone_are_judged_together(repeated):
+    stock, deformable = repeated.repeats
+    assert [arm.name for arm in stock.arms] == ["stock", "stock1", "stock2"] and stock.verdict is None
+    assert [arm.name for arm in deformable.arms] == ["deformable", "deformable1"]
+    assert deformable.verdict.frechet_difference == pytest.approx(18.1 - 20.033333)
+    assert stock.mean("frechet") == pytest.approx((20.033333, 0.6252), rel=1e-4)  # 4.3027 * 0.2517 / sqrt(3)
+
+
+def test_without_repeated_recipes_arms_are_judged_one_by_one(repeated, make_run):
+    stock, deformable = repeated.arms[:2]
+    assert group_repeats([stock, deformable]) == []
+    assert group_repeats([stock, stock, deformable]) == []  # one run twice is no second seed
+    assert group_repeats([stock, repeated.arms[2]]) == []  # one recipe: nothing to compare with
+    third = Arm(make_run("third", model={"op": "third"}), deformable.scores, stock.samples, 1, 1, {})
+    third.verdict = judge(stock.scores, third.scores)
+    groups = group_repeats([stock, third, deformable, repeated.arms[-1]])
+    assert [len(group.arms) for group in groups] == [1, 1, 2] and groups[1].verdict is third.verdict
+
+
+def test_table_and_page_show_means_over_training_seeds(repeated, tmp_path):
+    table = terminal_table(repeated)
+    assert "stock, 3 training seeds" in table and "20.03 +- 0.63" in table and "18.10 +- 1.27" in table
+    assert table.count("against") == 1
+    assert "deformable, 2 training seeds is BETTER against stock, 3 training seeds: FID is 9.7% lower" in table
+    page, numbers = write_report(repeated, tmp_path / "report.html")
+    deformable = json.loads(numbers.read_text())["repeats"][1]
+    assert deformable["runs"] == ["deformable", "deformable1"] and deformable["fid_mean"] == pytest.approx(18.1)
+    text = page.read_text()
+    assert text.count('class="verdict better"') == 1 and "over training seeds" in text
+    assert text.count("<img") == 2 * 3  # classes x (one run a recipe + real)
+    assert text.count('class="key arm0"') == 3 + 1 + 1 and 'class="key arm2"' not in text  # rows, mean, pictures
 
 
 def test_page_is_self_contained_and_escaped(comparison):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -81,6 +82,20 @@ def test_compare_samples_scores_reports_and_reuses(two_runs, tmp_path, monkeypat
     assert cli.main(arguments) == 0
     assert len(network.batches) == batches
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["arms"] == numbers["arms"]
+
+
+def test_training_seeds_of_a_recipe_are_judged_together(two_runs, tmp_path, monkeypatch, capsys, colour_network):
+    monkeypatch.setattr(cli, "load_network", lambda _: colour_network())
+    third = tmp_path / "third"
+    shutil.copytree(two_runs[0], third)
+    config = yaml.safe_load((third / "config.yaml").read_text()) | {"name": "third", "train": {"max_train_steps": 7}}
+    (third / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = [*two_runs, str(third), "--num-images", "20", "--steps", "1", "--device", "cpu", "--quiet"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "r.html")]) == 0
+    assert "against first, 2 training seeds" in capsys.readouterr().out
+    repeats = json.loads((tmp_path / "compare.json").read_text())["repeats"]
+    assert [group["runs"] for group in repeats] == [["first", "second"], ["third"]]
+    assert repeats[0]["verdict"] is None and repeats[1]["verdict"]["outcome"] in ("better", "worse", "inconclusive")
 
 
 def test_a_run_against_itself_is_inconclusive(two_runs, tmp_path, monkeypatch, capsys, colour_network):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 
 from dcngen.evaluation.moments import FeatureStatistics
@@ -11,7 +12,10 @@ from dcngen.evaluation.statistics import (
     frechet_infinity,
     frechet_without_each_group,
     jackknife_error,
+    mean_difference_interval,
+    mean_half_width,
     stratified_groups,
+    student_factor,
 )
 
 
@@ -122,3 +126,33 @@ def test_frechet_infinity_removes_most_of_the_bias(gaussian_features):
     assert abs(frechet_infinity(x, labels, y, labels)) < 0.25 * biased
     with pytest.raises(ValueError, match="2048"):
         frechet_infinity(x[:100], labels[:100], y, labels)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 31, 200])
+def test_student_factor_is_scipys(degrees):
+    assert student_factor(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-9)
+
+
+@pytest.mark.parametrize("second", [[12.0, 12.5], [11.0], [9.0, 10.5, 13.0, 12.0]])
+def test_interval_of_a_difference_of_means_is_scipys(second):
+    first = [10.0, 11.0, 10.4]
+    low, high = mean_difference_interval(first, second)
+    if len(second) > 1:
+        expected = scipy.stats.ttest_ind(second, first).confidence_interval(0.95)
+        assert (low, high) == pytest.approx((expected.low, expected.high))
+    error = np.std(first, ddof=1) * (1 / 3 + 1) ** 0.5
+    if len(second) == 1:  # the side of one run takes the other's scatter
+        assert high - low == pytest.approx(2 * scipy.stats.t.ppf(0.975, 2) * error)
+    assert (low + high) / 2 == pytest.approx(np.mean(second) - np.mean(first))
+
+
+def test_two_single_runs_give_no_interval_over_runs():
+    with pytest.raises(ValueError, match="at least 3 runs together, got 1 and 1"):
+        mean_difference_interval([1.0], [2.0])
+
+
+def test_interval_of_a_mean():
+    values = [3.0, 4.0, 6.5]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    assert mean_half_width(values) == pytest.approx((high - low) / 2)
+    assert mean_half_width([3.0]) is None
