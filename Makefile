@@ -20,12 +20,13 @@ endif
 export OMP_WAIT_POLICY ?= passive
 NATIVE_SOURCES := $(shell find kernels -type f) pyproject.toml
 
-.PHONY: help install demo test test-gpu lint format cuda bench clean
+.PHONY: help install demo test test-gpu memory-check lint format cuda bench clean
 
 help:
 	@echo "make demo    train, sample and compare the two U-Nets on real images (CPU, about ten minutes)"
 	@echo "make test    the CPU test suite        make lint    style and static checks"
 	@echo "make test-gpu  the GPU test files      make bench   the operator benchmark of this machine"
+	@echo "make memory-check  small cases through every kernel under compute-sanitizer"
 	@echo "make cuda    the CUDA library for CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)"
 
 $(STAMP): $(NATIVE_SOURCES)
@@ -53,6 +54,13 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(PY) -m pytest -q tests/gpu
+
+# Only our kernels are looked at; every tensor has an allocation of its own, so that an access beyond it shows.
+memory-check: $(STAMP)
+	for tool in memcheck racecheck; do \
+		PYTHONPATH=tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=dcngen \
+			--error-exitcode 1 $(PY) -m gpu.memory_check || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

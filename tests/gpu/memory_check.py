@@ -1,0 +1,103 @@
+"""Small cases through every kernel, to be run under compute-sanitizer (`make memory-check`); computes, checks nothing.
+
+The maps are odd and smaller than a block's tile, so most copies and stores meet a border. Without torch's allocator
+cache (the environment variable PYTORCH_NO_CUDA_MEMORY_CACHING) every tensor has an allocation of its own, beyond which
+the checker sees an access.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+
+from dcngen.ops import dcnv4_packed, launch, native, projected
+
+from . import helpers
+from .helpers import DTYPES, Geometry, make, reproducible
+
+SIZES = [(1, 1, 1), (3, 7, 9), (2, 13, 21)]
+OFFSET_STDS = [0.2, 0.45, 1.0, 8.0]  # all near, few far, about half, nearly all
+OTHER_GEOMETRIES = [
+    Geometry(2, 13, 9, 4, 16, stride=2), Geometry(2, 12, 11, 2, 32, kernel_size=5, padding=2),
+    Geometry(2, 9, 9, 2, 16, kernel_size=(3, 5)), Geometry(1, 9, 8, 2, 16, kernel_size=1, padding=0),
+    Geometry(2, 10, 10, 2, 32, dilation=2, padding=2), Geometry(2, 10, 10, 2, 32, padding=0),
+    Geometry(2, 9, 9, 2, 32, padding=2), Geometry(2, 9, 9, 4, 16, remove_center=True),
+    Geometry(2, 9, 9, 4, 16, softmax=True), Geometry(2, 9, 9, 4, 32, offset_scale=2.0), Geometry(2, 5, 5, 5, 3),
+]  # fmt: skip
+
+Case = tuple[str, Callable[[], object]]
+
+
+def operator_cases() -> Iterator[Case]:
+    """Forward and backward: the window kernels, what they leave to others, and the plain kernels."""
+    for dtype, group_channels, size, std in product(DTYPES, [8, 16, 32, 64], SIZES, OFFSET_STDS):
+        geometry = Geometry(*size, 3, group_channels)
+        yield f"{geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s)
+    for dtype, geometry in product(DTYPES, OTHER_GEOMETRIES):
+        yield f"{geometry} {dtype}", lambda g=geometry, d=dtype: call(g, d, 0.45)
+    for dtype, group_channels, std in product(DTYPES, [16, 64], [0.45, 3.0]):
+        geometry = Geometry(2, 13, 21, 3, group_channels)
+        yield f"deterministic {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_reproducibly(g, d, s)
+        yield f"not finite {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s, not_finite=True)
+        yield f"packed {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_packed(g, d, s)
+
+
+def projected_cases() -> Iterator[Case]:
+    """The forward with output_proj, where the device has it."""
+    if not launch.has_projected_kernel(native.cuda_library(), torch.cuda.current_device()):
+        return
+    dtypes = [torch.float16, torch.bfloat16]
+    for dtype, group_channels, size, std, save in product(dtypes, [32, 64], SIZES, OFFSET_STDS, [True, False]):
+        geometry = Geometry(*size, 128 // group_channels, group_channels)
+        run = lambda g=geometry, d=dtype, s=std, save=save: call_projected(g, d, s, save)  # noqa: E731
+        yield f"projected {geometry} {dtype} {std} save={save}", run
+
+
+def call(geometry: Geometry, dtype: torch.dtype, std: float, not_finite: bool = False) -> None:
+    value, offset_mask, grad = make(geometry, dtype, offset_std=std)
+    if not_finite:
+        offset_mask[:, ::3, ::2, ::5] = float("nan")
+        offset_mask[:, 1::3, ::2, 1::7] = float("inf")
+    helpers.native(geometry, value, offset_mask, grad)
+
+
+def call_reproducibly(geometry: Geometry, dtype: torch.dtype, std: float) -> None:
+    with reproducible():
+        call(geometry, dtype, std)
+
+
+def call_packed(geometry: Geometry, dtype: torch.dtype, std: float) -> None:
+    value, offset_mask, grad = make(geometry, dtype, offset_std=std)
+    packed = torch.cat([value, offset_mask], -1).requires_grad_()
+    dcnv4_packed(packed, channels=value.shape[-1], **geometry.options).backward(grad)
+
+
+def call_projected(geometry: Geometry, dtype: torch.dtype, std: float, save_output: bool) -> None:
+    value, offset_mask, _ = make(geometry, dtype, offset_std=std)
+    packed, weight = torch.cat([value, offset_mask], -1), torch.randn(128, 128, device="cuda").to(dtype)
+    options = {name: geometry.options[name] for name in ("groups", "offset_scale")}
+    with torch.set_grad_enabled(save_output):
+        projected.dcnv4_packed_linear(packed.requires_grad_(save_output), weight, weight[0], channels=128, **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, default=1, help="run every n-th case only")
+    parser.add_argument("--only", default="", help="run cases whose name contains this")
+    options = parser.parse_args()
+    projected.LEAST_PIXELS = 0
+    cases = [case for case in [*operator_cases(), *projected_cases()] if options.only in case[0]][:: options.every]
+    for name, run in cases:
+        try:
+            run()
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise RuntimeError(f"in case {name}") from error
+    print(f"{len(cases)} cases ran")
+
+
+if __name__ == "__main__":
+    main()
