@@ -145,16 +145,18 @@ __device__ __forceinline__ void multiply_weights(uint32_t stage, uint32_t weight
     }
     const int pixel = 4 * block + 8 * ((lane >> 2) & 1) + (lane & 3);  // of the unit; the lower half is two rows down
     if constexpr (D == 16) {
-      store_matrices(stage + tile_offset<D>(pixel + 16 * high, low), upper_half[0], upper_half[1], lower_half[0],
-                     lower_half[1]);
+      window::store_matrices<4>(stage + tile_offset<D>(pixel + 16 * high, low),
+                                {upper_half[0], upper_half[1], lower_half[0], lower_half[1]});
     } else {
 #pragma unroll
       for (int part = 0; part < D / 32; ++part) {
         const int first = 4 * part;
-        store_matrices(stage + tile_offset<D>(pixel, first + matrix), upper_half[first], upper_half[first + 1],
-                       upper_half[first + 2], upper_half[first + 3]);
-        store_matrices(stage + tile_offset<D>(pixel + 16, first + matrix), lower_half[first], lower_half[first + 1],
-                       lower_half[first + 2], lower_half[first + 3]);
+        window::store_matrices<4>(
+            stage + tile_offset<D>(pixel, first + matrix),
+            {upper_half[first], upper_half[first + 1], upper_half[first + 2], upper_half[first + 3]});
+        window::store_matrices<4>(
+            stage + tile_offset<D>(pixel + 16, first + matrix),
+            {lower_half[first], lower_half[first + 1], lower_half[first + 2], lower_half[first + 3]});
       }
     }
   }

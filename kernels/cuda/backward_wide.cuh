@@ -143,9 +143,10 @@ __device__ __forceinline__ void add_to_input_gradient(
 #pragma unroll
     for (int pair = 0; pair < Shape::kTilesN; pair += 2) {
       const auto &left = c[m][pair], &right = c[m][pair + 1];
-      store_matrices(stage + tile_offset<D>(cell + 16 * m + 8 * high + (lane & 7), piece + pair + low),
-                     HalfTraits<T>::pack(left[0], left[1]), HalfTraits<T>::pack(right[0], right[1]),
-                     HalfTraits<T>::pack(left[2], left[3]), HalfTraits<T>::pack(right[2], right[3]));
+      window::store_matrices<4>(
+          stage + tile_offset<D>(cell + 16 * m + 8 * high + (lane & 7), piece + pair + low),
+          {HalfTraits<T>::pack(left[0], left[1]), HalfTraits<T>::pack(right[0], right[1]),
+           HalfTraits<T>::pack(left[2], left[3]), HalfTraits<T>::pack(right[2], right[3])});
     }
   }
   __syncwarp();
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks)
   const uint32_t flags = memory + WideShape<D, SIDE>::kShared - 8 * kWideWarps;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t windows = static_cast<uint32_t>(Window::count(args)), step = gridDim.x;
-  wait_for_previous_kernel();
+  window::wait_for_previous_kernel();
   // Every thread looks at one of the block's windows. On a small map the warps gather where few samples are far, a unit
   // at a time; then the block takes the windows with many.
   for (uint32_t first = blockIdx.x; first < windows; first += step * kWideThreads) {

@@ -5,7 +5,6 @@
 // once and shared by the lanes of its group. A unit that the first kernel did not leave costs one read of the output.
 #pragma once
 
-#include "forward_bulk.cuh"
 #include "forward_samples.cuh"
 
 namespace dcngen::window {

@@ -10,12 +10,12 @@ template <typename Shape>
 cudaError_t encode_maps(ForwardWindow& window, const Params& p) {
   using Tile = typename Shape::Tile;
   const cudaError_t error =
-      encode_box_map(window.input_map, window.input, p.batch, p.height_in, p.width_in, window.channels,
-                     p.input_pixel_stride, {kTileChannels, Tile::COLUMNS, Tile::ROWS, true});
+      encode_box_map(window.input_map, input_pixels(p, window.input, window.channels, p.input_pixel_stride),
+                     {kTileChannels, Tile::COLUMNS, Tile::ROWS, true});
   if (error != cudaSuccess) return error;
-  return encode_box_map(window.taps_map, window.offset_mask, p.batch, p.height_out, p.width_out,
-                        p.offset_mask_channels, p.offset_mask_pixel_stride,
-                        {Shape::Span::PITCH / 2, 4, 4, false});
+  return encode_box_map(
+      window.taps_map, output_pixels(p, window.offset_mask, p.offset_mask_channels, p.offset_mask_pixel_stride),
+      {Shape::Span::PITCH / 2, 4, 4, false});
 }
 
 template <typename T, typename Shape>

@@ -9,6 +9,7 @@
 // gathers its pixels and reads them back as operands. There is no kernel after this one to leave them to.
 #pragma once
 
+#include "copy_engine.cuh"
 #include "forward_far.cuh"
 #include "forward_window.cuh"
 #include "warpgroup.cuh"
@@ -18,7 +19,7 @@ namespace dcngen::window {
 constexpr int kProjectedChannels = 128;  // of y and of the result
 
 struct ForwardProjected {
-  CUtensorMap input_map, taps_map, weight_map, output_map, projected_map;
+  CUtensorMap input_map, taps_map, weight_map, output_map, projected_map;  // output_map only where y is written
   const void* input;
   const void* bias;  // may be null
   int64_t image_bytes;
@@ -144,13 +145,13 @@ __device__ __forceinline__ void projected_tiles(const ForwardProjected& p) {
   auto begin_taps = [&](int tile, int task) {
     const Place at = locate(tile);
     barrier_expect(taps_here, 16 * Shape::TAPS_PITCH);
-    copy_box(taps_at, p.taps_map, first_value(task) & ~7, at.x + block_x, at.y + block_y, at.image, taps_here);
+    load_box(taps_at, p.taps_map, first_value(task) & ~7, at.x + block_x, at.y + block_y, at.image, taps_here);
   };
   auto begin_input = [&](int tile) {
     const Place at = locate(tile);
     barrier_expect(input_here, 2 * Tile::BYTES);
     for (int i = 0; i < 2; ++i) {
-      copy_box(input + i * Tile::BYTES, p.input_map, i * 64, at.x - p.pad_w - 1, at.y - p.pad_h - 1, at.image,
+      load_box(input + i * Tile::BYTES, p.input_map, i * 64, at.x - p.pad_w - 1, at.y - p.pad_h - 1, at.image,
                input_here);
     }
   };
@@ -172,7 +173,7 @@ __device__ __forceinline__ void projected_tiles(const ForwardProjected& p) {
   if (thread == 0) {
     barrier_expect(weight_here, Shape::WEIGHT_BYTES);
     for (int i = 0; i < 2; ++i) {
-      copy_box(weight + i * Shape::WEIGHT_PANEL_BYTES, p.weight_map, i * 64, 0, 0, 0, weight_here);
+      load_box(weight + i * Shape::WEIGHT_PANEL_BYTES, p.weight_map, i * 64, 0, 0, 0, weight_here);
     }
   }
   if (first < p.tiles) {

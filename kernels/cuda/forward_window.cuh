@@ -6,7 +6,7 @@
 // columns of its products, else its pixels are left to the gather kernel, which is launched after this one.
 #pragma once
 
-#include "forward_bulk.cuh"
+#include "copy_engine.cuh"
 #include "forward_far.cuh"
 #include "window.cuh"
 
@@ -164,12 +164,12 @@ __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const Outpu
       barrier_expect(of_warp, Shape::WARP_PIXEL_BLOCKS * Shape::TAPS_BYTES);
 #pragma unroll
       for (int i = 0; i < Shape::WARP_PIXEL_BLOCKS; ++i) {
-        copy_box(own + i * Shape::TAPS_BYTES, p.taps_map, first_value, at.x0 + Shape::block_x(first_block + i),
+        load_box(own + i * Shape::TAPS_BYTES, p.taps_map, first_value, at.x0 + Shape::block_x(first_block + i),
                  at.y0 + Shape::block_y(first_block + i), at.image, of_warp);
       }
       if (thread == 0) {
         barrier_expect(barriers, Tile::BYTES);
-        copy_box(tile, p.input_map, at.chunk * kTileChannels, x0, y0, at.image, barriers);
+        load_box(tile, p.input_map, at.chunk * kTileChannels, x0, y0, at.image, barriers);
       }
     }
     __syncthreads();
@@ -189,7 +189,7 @@ __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const Outpu
 template <typename Shape>
 __device__ __forceinline__ void wait_for_taps(uint32_t tile, int warp) {
   if constexpr (Shape::BULK) {
-    barrier_wait(tile + Shape::BARRIERS_AT + 8 + warp * 8);
+    barrier_wait(tile + Shape::BARRIERS_AT + 8 + warp * 8, 0);
   } else {
     copy_wait<1>();
     __syncwarp();
@@ -198,7 +198,7 @@ __device__ __forceinline__ void wait_for_taps(uint32_t tile, int warp) {
 template <typename Shape>
 __device__ __forceinline__ void wait_for_input(uint32_t tile) {
   if constexpr (Shape::BULK) {
-    barrier_wait(tile + Shape::BARRIERS_AT);
+    barrier_wait(tile + Shape::BARRIERS_AT, 0);
   } else {
     copy_wait<0>();
     __syncthreads();

@@ -1,4 +1,5 @@
-// Types and single instructions: halves in pairs, asynchronous copies, 16-byte accesses, matrix fragments and products.
+// Types and single instructions: the order of kernels, halves in pairs, asynchronous copies, 16-byte accesses, matrix
+// fragments and products. Those of the copy engine are in copy_engine.cuh, of a warpgroup in warpgroup.cuh.
 // All shared-memory addresses are 32-bit shared-space addresses (smem_address).
 #pragma once
 
@@ -10,6 +11,22 @@
 namespace dcngen::window {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// --------------------------------------------------------------------------------------------------- order of kernels
+
+// For kernels that follow one another closely (launch in launch.h; nothing before sm_90). The next kernel's blocks may
+// take their places once all of this one's have theirs.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernel before this one in the stream has ended and its results can be read.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------- dtype traits
 

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
+
 #include "dcngen_kernels.h"
 
 namespace dcngen {
@@ -55,6 +58,25 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   config.numAttrs = after_previous ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
+
+// Does something once for every device that calls come from; a call that failed is made again.
+class OncePerDevice {
+ public:
+  template <typename Function>
+  cudaError_t run(Function function) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (done_.load(std::memory_order_acquire) & bit) return cudaSuccess;
+    error = function();
+    if (error == cudaSuccess) done_.fetch_or(bit, std::memory_order_release);
+    return error;
+  }
+
+ private:
+  std::atomic<uint64_t> done_{0};
+};
 
 inline int taps(const Params& p) { return p.kernel_h * p.kernel_w - (p.remove_center ? 1 : 0); }
 

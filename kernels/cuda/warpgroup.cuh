@@ -1,14 +1,11 @@
-// What the projected forward needs of sm_90a: products of a warpgroup (four warps, 64 rows), stores by the copy engine.
+// Products of a warpgroup (four warps, 64 rows), which sm_90a alone has.
 #pragma once
 
 #include <type_traits>
 
-#include "forward_bulk.cuh"
 #include "instructions.cuh"
 
 namespace dcngen::window {
-
-// ----------------------------------------------------------------------------------------- products of a warpgroup
 
 __device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -62,35 +59,5 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[16][4], const uint32_t 
 __device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
-
-// --------------------------------------------------------------------------------------- barriers used many times
-
-// Waits for the completion of a barrier's phase: 0, 1, 0, ... for the first, second, third ...
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// -------------------------------------------------------------------------------------- stores by the copy engine
-
-// What this thread wrote to shared memory becomes visible to the copy engine.
-__device__ __forceinline__ void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Writes shared memory to the map's box; parts outside the tensor are left out.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t from, int channel, int x, int y, int image) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(&map),
-               "r"(from), "r"(channel), "r"(x), "r"(y), "r"(image)
-               : "memory");
-}
-__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until the copy engine has read, or written, all that this thread has asked it to store.
-__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 }  // namespace dcngen::window
