@@ -9,15 +9,16 @@
 // gathers its pixels and reads them back as operands. There is no kernel after this one to leave them to.
 #pragma once
 
+#include "forward_blend.cuh"
 #include "forward_projected_shape.cuh"
 #include "forward_window.cuh"
 #include "warpgroup.cuh"
 
 namespace dcngen::window {
 
-// y of a warp's 16 pixels and two groups, sampled from memory at any place, to `staged` from 16-byte chunk `first` on.
-// `values` is the first pixel's first offset in shared memory, `image` the first of the channels, (x0, y0) the first
-// pixel.
+// y of a warp's 16 pixels and two groups, sampled from memory at any place in the gather kernel's arithmetic, to
+// `staged` from 16-byte chunk `first` on. `values` is the first pixel's first offset in shared memory, `image` the
+// first of the channels, (x0, y0) the first pixel.
 template <typename T, typename Shape>
 __device__ __forceinline__ void gather_task(const FarContext& c, const char* image, uint32_t values, uint32_t staged,
                                             int first, int x0, int y0, int lane) {
@@ -35,27 +36,20 @@ __device__ __forceinline__ void gather_task(const FarContext& c, const char* ima
       const uint4* at = reinterpret_cast<const uint4*>(image) + corners.first + chunk;
       const uint4 read[4] = {load_global16(at), load_global16(at + c.pixel_pieces), load_global16(at + c.row_pieces),
                              load_global16(at + c.row_pieces + c.pixel_pieces)};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t words[4] = {read[i].x, read[i].y, read[i].z, read[i].w};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sums[2 * e] = fmaf(corners.weight[i], Dtype<T>::low(words[e]), sums[2 * e]);
-          sums[2 * e + 1] = fmaf(corners.weight[i], Dtype<T>::high(words[e]), sums[2 * e + 1]);
-        }
-      }
+      uint32_t weights[Blend<T>::WORDS];
+      Blend<T>::pack(weights, corners.weight);
+      Blend<T>::add(sums, weights, read);
     }
     const uint32_t row = staged + to_chunk / 8 * Shape::PANEL_BYTES + m * 128;
-    store_shared16(row + ((to_chunk % 8 ^ (m & 7)) << 4), Dtype<T>::pack(sums[0], sums[1]),
-                   Dtype<T>::pack(sums[2], sums[3]), Dtype<T>::pack(sums[4], sums[5]),
-                   Dtype<T>::pack(sums[6], sums[7]));
+    const uint4 result = pack_result<T>(sums);
+    store_shared16(row + ((to_chunk % 8 ^ (m & 7)) << 4), result.x, result.y, result.z, result.w);
   }
   __syncwarp();
 }
 
-// A warp of the kernel: where its data stands in shared memory and what its lane 0 asks of the copy engine, which is its
-// own offsets, masks and results; a leader also asks for its warpgroup's input. A tile's products come in two halves:
-// tasks, by which y becomes left operands (sample_task), then the product with the weight.
+// A warp of the kernel. Its lane 0 asks the copy engine for the warp's own offsets, masks and results, the leader's
+// also for the warpgroup's input. A tile has tasks, by which y becomes left operands (sample_task), and then the
+// product with the weight.
 template <typename T, typename Shape>
 struct ProjectedWarp {
   using Tile = typename Shape::Tile;
