@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
 #if __CUDA_ARCH__ >= 900
   using Shape = SingleShape<D, UNITS_X, UNITS_Y>;
   constexpr int kPitch = Shape::kPitch;
-  extern __shared__ __align__(1024) uint8_t shared[];  // the swizzles of the copy engine go by address
-  const uint32_t region_a = window::smem_address(shared);
+  extern __shared__ __align__(1024) uint8_t single_shared[];  // the swizzles of the copy engine go by address
+  const uint32_t region_a = window::smem_address(single_shared);
   const uint32_t region_b = region_a + Shape::kRegionA, region_c = region_b + Shape::kTileBytes;
   const uint32_t barrier = region_c + Shape::kOffsetMaskBytes;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;

@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
 #if __CUDA_ARCH__ >= 900
   using Shape = TileShape<D, UNITS_X, UNITS_Y>;
   constexpr int kPitch = Shape::kPitch;
-  extern __shared__ __align__(1024) uint8_t shared[];  // the swizzles of the copy engine go by address
-  const uint32_t region_a = window::smem_address(shared);
+  extern __shared__ __align__(1024) uint8_t tile_shared[];  // the swizzles of the copy engine go by address
+  const uint32_t region_a = window::smem_address(tile_shared);
   const uint32_t region_b = region_a + Shape::kRegionA, region_c = region_b + Shape::kRegionB;
   const uint32_t barrier = region_c + Shape::kRegionC;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;

@@ -217,11 +217,11 @@ __device__ __forceinline__ int take_unit(LeftUnits& units, int lane) {
 // one by one, so that none waits for another with more to do.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::THREADS, 1) forward_gather_kernel(const __grid_constant__ ForwardGather p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char gather_memory[];
   __shared__ LeftUnits units;
   using Mark = LeftMark<T>;
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  const uint32_t own = smem_address(shared_memory) + warp * Shape::WARP_BYTES;
+  const uint32_t own = smem_address(gather_memory) + warp * Shape::WARP_BYTES;
   // A thread's units: one of every `step`. Where the mark stands is worked out ahead of the wait.
   const uint32_t step = gridDim.x * blockDim.x;
   uint32_t number = (blockIdx.x + gridDim.x * warp) * 32 + lane;

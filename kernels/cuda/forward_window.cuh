@@ -207,10 +207,10 @@ __device__ __forceinline__ void wait_for_input(uint32_t tile) {
 
 template <typename T, typename Shape>
 __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  extern __shared__ __align__(1024) unsigned char window_memory[];
   using Tile = typename Shape::Tile;
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
-  const uint32_t tile = smem_address(shared_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
+  const uint32_t tile = smem_address(window_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
   const OutputTile at = locate_tile<Shape>(p);
   let_next_kernel_begin();
   wait_for_previous_kernel();

@@ -96,9 +96,9 @@ __device__ __forceinline__ bool many_far(uint32_t far_at, const Problem& p, int 
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(const __grid_constant__ Problem p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char fp32_memory[];
   using Tile = typename S::Tile;
-  const uint32_t tile = smem_address(shared_memory);
+  const uint32_t tile = smem_address(fp32_memory);
   const int thread = static_cast<int>(threadIdx.x);
   let_next_kernel_begin();
   wait_for_previous_kernel();
