@@ -17,16 +17,16 @@ __device__ __forceinline__ uint64_t right_operand(uint32_t address) {
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// d (64 x 128, fragments of 16 rows a warp) += a (64 x 16, likewise) * b (16 x 128).
+// d (64 x 128, fragments of 16 rows a warp) += a (64 x 16, likewise) * b (16 x 128). After the operands: a predicate,
+// true to add to d; the signs of a and b; b lies k-major.
 #define DCNGEN_WARPGROUP_MMA(KIND) \
   asm volatile( \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." KIND "." KIND " {" \
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
       "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
       "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63" \
-      "}, {%64,%65,%66,%67}, %68, add, 1, 1, 0;\n}\n" \
+      "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;" \
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), \
         "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), \
         "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
@@ -43,7 +43,7 @@ __device__ __forceinline__ uint64_t right_operand(uint32_t address) {
         "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), \
         "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), \
         "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]) \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 template <typename T>
 __device__ __forceinline__ void warpgroup_mma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
