@@ -107,15 +107,13 @@ inline cudaError_t encode_maps(Maps& maps, const BackwardArgs& args, int row_cha
 }
 
 // Launches one instance of a tile kernel whose sizes are Shape's.
-template <typename T, typename Shape, typename Kernel>
-cudaError_t launch_kernel(Kernel kernel, int row_channels, const BackwardArgs& args, const TileArgs& tile,
-                          int64_t blocks, cudaStream_t stream) {
+template <typename Shape, auto KERNEL>
+cudaError_t launch_kernel(int row_channels, const BackwardArgs& args, const TileArgs& tile, int64_t blocks,
+                          cudaStream_t stream) {
   Maps maps;
-  cudaError_t error = encode_maps(maps, args, row_channels, Shape::kPitch, Shape::kRows);
+  const cudaError_t error = encode_maps(maps, args, row_channels, Shape::kPitch, Shape::kRows);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
-  if (error != cudaSuccess) return error;
-  return launch(kernel, blocks, Shape::kThreads, Shape::kShared, stream, false, maps, tile);
+  return launch_with_memory<KERNEL>(blocks, Shape::kThreads, Shape::kShared, stream, false, maps, tile);
 }
 
 template <typename T, int D, int UNITS_X, int UNITS_Y>
@@ -123,11 +121,11 @@ cudaError_t launch_tile(const BackwardArgs& args, const TileArgs& tile, cudaStre
   const int64_t blocks = count_blocks(args.p, {UNITS_X, UNITS_Y});
   if constexpr (sizeof(T) == 4) {
     using Shape = SingleShape<D, UNITS_X, UNITS_Y>;
-    return launch_kernel<T, Shape>(single_tile_kernel<D, UNITS_X, UNITS_Y>, Shape::kRowChannels, args, tile, blocks,
-                                   stream);
+    return launch_kernel<Shape, single_tile_kernel<D, UNITS_X, UNITS_Y>>(Shape::kRowChannels, args, tile, blocks,
+                                                                         stream);
   } else {
     using Shape = TileShape<D, UNITS_X, UNITS_Y>;
-    return launch_kernel<T, Shape>(tile_kernel<T, D, UNITS_X, UNITS_Y>, D, args, tile, blocks, stream);
+    return launch_kernel<Shape, tile_kernel<T, D, UNITS_X, UNITS_Y>>(D, args, tile, blocks, stream);
   }
 }
 
@@ -154,11 +152,9 @@ cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
 template <typename T, int D, int SIDE, bool WHOLE>
 cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
   using Shape = WideShape<D, SIDE>;
-  const auto kernel = wide_kernel<T, D, SIDE, WHOLE>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
-  if (error != cudaSuccess) return error;
   const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = kMultiprocessors * Shape::kBlocks;
-  return launch(kernel, windows < most ? windows : most, kWideThreads, Shape::kShared, stream, true, far);
+  return launch_with_memory<wide_kernel<T, D, SIDE, WHOLE>>(windows < most ? windows : most, kWideThreads,
+                                                            Shape::kShared, stream, true, far);
 }
 
 // A gather's time goes by samples and channels, that of products over a window does not. By measurement: the far

@@ -67,7 +67,6 @@ struct PixelTensor {
   int64_t batch, height, width, channels, pixel_stride;
 };
 
-inline int value_bytes(const Params& p) { return p.dtype == DCNGEN_FLOAT32 ? 4 : 2; }
 // Tensors with the pixels of the operator's input, and of its output.
 inline PixelTensor input_pixels(const Params& p, const void* first, int64_t channels, int64_t pixel_stride) {
   return {first, value_bytes(p), p.batch, p.height_in, p.width_in, channels, pixel_stride};

@@ -5,20 +5,21 @@
 // once and shared by the lanes of its group. A unit that the first kernel did not leave costs one read of the output.
 #pragma once
 
+#include "forward_problem.cuh"
 #include "forward_samples.cuh"
 
 namespace dcngen::window {
 
-struct ForwardGather {
-  const void* input;
-  const void* offset_mask;
-  void* output;
+constexpr int kStripUnits = 8;
+
+struct ForwardGather : ForwardProblem {
   int64_t image_bytes, image_taps_bytes, image_output_bytes;
   uint32_t pixel_taps_bytes, pixel_output_bytes;  // from pixel to pixel
-  int height_out, width_out, slices, offset_mask_bytes;
   uint32_t units;
   GatherContext far;
-  FastDivide slices_per_group, chunks, strip, units_y, strips;
+  FastDivide strip, units_y, strips;
+
+  ForwardGather(const ForwardArgs& args, int slice_channels, int unit_channels, int unit_w, int unit_h);
 };
 
 // A unit is UNIT_W x 16 / UNIT_W pixels and SLICES slices of CHANNELS channels, as the first kernel's warps have them.
@@ -47,7 +48,6 @@ struct GatherShape {
 struct GatherUnit {
   int chunk, x0, y0, image;
 };
-constexpr int kStripUnits = 8;
 template <typename Shape>
 __device__ __forceinline__ GatherUnit locate_unit(const ForwardGather& p, uint32_t rest) {
   GatherUnit unit;
@@ -253,6 +253,22 @@ struct DeviceLimits {
 };
 DeviceLimits device_limits();
 
+inline ForwardGather::ForwardGather(const ForwardArgs& args, int slice_channels, int unit_channels, int unit_w,
+                                    int unit_h)
+    : ForwardProblem(args, slice_channels, unit_channels), far(args.p), units_y(divide_up(height_out, unit_h)) {
+  const Params& p = args.p;
+  const int64_t value = value_bytes(p);
+  image_bytes = p.height_in * p.width_in * p.input_pixel_stride * value;
+  image_taps_bytes = p.height_out * p.width_out * p.offset_mask_pixel_stride * value;
+  image_output_bytes = p.height_out * p.width_out * p.output_pixel_stride * value;
+  pixel_taps_bytes = static_cast<uint32_t>(p.offset_mask_pixel_stride * value);
+  pixel_output_bytes = static_cast<uint32_t>(p.output_pixel_stride * value);
+  const int units_x = divide_up(width_out, unit_w);
+  strips = FastDivide(divide_up(units_x, kStripUnits));
+  strip = FastDivide(divide_up(units_x, static_cast<int>(strips.divisor)));
+  units = static_cast<uint32_t>(p.batch * chunks.divisor * strips.divisor * strip.divisor * units_y.divisor);
+}
+
 template <typename T, typename Shape>
 cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   const Params& p = args.p;
@@ -261,33 +277,7 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   if constexpr (Shape::PAIR_LANES >= 4 && !Shape::SKIP) {
     if (p.height_in * p.width_in <= 200) return launch_gather<T, typename Shape::Skipping>(args, stream);
   }
-  ForwardGather gather;
-  gather.input = args.input;
-  gather.offset_mask = args.offset_mask;
-  gather.output = args.output;
-  constexpr int64_t VALUE = sizeof(T);
-  gather.image_bytes = int64_t{p.height_in} * p.width_in * p.input_pixel_stride * VALUE;
-  gather.image_taps_bytes = int64_t{p.height_out} * p.width_out * p.offset_mask_pixel_stride * VALUE;
-  gather.image_output_bytes = int64_t{p.height_out} * p.width_out * p.output_pixel_stride * VALUE;
-  gather.pixel_taps_bytes = static_cast<uint32_t>(p.offset_mask_pixel_stride * VALUE);
-  gather.pixel_output_bytes = static_cast<uint32_t>(p.output_pixel_stride * VALUE);
-  gather.height_out = static_cast<int>(p.height_out);
-  gather.width_out = static_cast<int>(p.width_out);
-  const int channels = p.groups * p.group_channels, unit_channels = Shape::CHANNELS * Shape::SLICES;
-  gather.slices = channels / Shape::CHANNELS;
-  gather.offset_mask_bytes = p.offset_mask_channels * static_cast<int>(sizeof(T));
-  const int chunks = (channels + unit_channels - 1) / unit_channels;
-  const int units_x = (gather.width_out + Shape::UNIT_W - 1) / Shape::UNIT_W;
-  const int units_y = (gather.height_out + Shape::UNIT_H - 1) / Shape::UNIT_H;
-  const int strips = (units_x + kStripUnits - 1) / kStripUnits, strip = (units_x + strips - 1) / strips;
-  gather.units = static_cast<uint32_t>(p.batch * chunks * strips * strip * units_y);
-  gather.far = GatherContext(p);
-  gather.slices_per_group = FastDivide(p.group_channels / Shape::CHANNELS);
-  gather.chunks = FastDivide(chunks);
-  gather.strip = FastDivide(strip);
-  gather.units_y = FastDivide(units_y);
-  gather.strips = FastDivide(strips);
-
+  const ForwardGather gather(args, Shape::CHANNELS, Shape::CHANNELS * Shape::SLICES, Shape::UNIT_W, Shape::UNIT_H);
   const auto kernel = forward_gather_kernel<T, Shape>;
   const DeviceLimits limits = device_limits();
   constexpr int kBytes = Shape::WARPS * Shape::WARP_BYTES;

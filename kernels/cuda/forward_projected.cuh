@@ -93,28 +93,17 @@ struct ProjectedWarp {
     }
   }
 
-  struct Place {
-    int x, y, image;
-  };
-  __device__ __forceinline__ Place locate(int tile) const {
-    uint32_t rest = static_cast<uint32_t>(tile);
-    Place at;
-    at.x = static_cast<int>(p.tiles_x.split(rest)) * 8;
-    at.y = static_cast<int>(p.tiles_y.split(rest)) * 8;
-    at.image = static_cast<int>(rest);
-    return at;
-  }
   static __device__ __forceinline__ int first_value(int task) { return task * 2 * kGroupValues; }
   __device__ __forceinline__ void begin_taps(int tile, int task) const {
-    const Place at = locate(tile);
+    const TileGrid::Place at = p.grid.locate(tile);
     barrier_expect(taps_here, 16 * Shape::TAPS_PITCH);
     load_box(taps_at, p.taps_map, first_value(task) & ~7, at.x + block_x, at.y + block_y, at.image, taps_here);
   }
   __device__ __forceinline__ void begin_input(int tile) const {
-    const Place at = locate(tile);
+    const TileGrid::Place at = p.grid.locate(tile);
     barrier_expect(input_here, 2 * Tile::BYTES);
     for (int i = 0; i < 2; ++i) {
-      load_box(input + i * Tile::BYTES, p.input_map, i * 64, at.x - p.pad_w - 1, at.y - p.pad_h - 1, at.image,
+      load_box(input + i * Tile::BYTES, p.input_map, i * 64, at.x - p.far.pad_w - 1, at.y - p.far.pad_h - 1, at.image,
                input_here);
     }
   }
@@ -123,7 +112,7 @@ struct ProjectedWarp {
     publish_to_copies();
     __syncwarp();
     if (lane != 0) return;
-    const Place at = locate(tile);
+    const TileGrid::Place at = p.grid.locate(tile);
     for (int i = 0; i < 2; ++i) {
       store_box(map, staged + i * Shape::PANEL_BYTES, i * 64, at.x + block_x, at.y + block_y, at.image);
     }
@@ -185,7 +174,7 @@ struct ProjectedWarp {
 
   // As in forward_tile: far samples of the lane, and of each unit. Few become records, many are gathered into y.
   __device__ __forceinline__ void handle_far(Operands& y, TaskSamples& samples, int task, int tile) const {
-    const Place at = locate(tile);
+    const TileGrid::Place at = p.grid.locate(tile);
     const int x0 = at.x + block_x, y0 = at.y + block_y;
     samples.far = far_taps<T>(samples.taps, p.scale);
     samples.unit_far = __reduce_add_sync(kAllLanes, __popc(samples.far) << 16 * unit_of_lane);

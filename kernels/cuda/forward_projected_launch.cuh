@@ -30,30 +30,13 @@ cudaError_t encode_maps(ForwardProjected& projected, const ProjectedArgs& args) 
 
 template <typename T, typename Shape>
 cudaError_t launch_projected(const ProjectedArgs& args, cudaStream_t stream) {
-  const Params& p = args.p;
-  ForwardProjected projected;
-  projected.input = args.input;
-  projected.bias = args.bias;
-  projected.image_bytes = p.height_in * p.width_in * p.input_pixel_stride * 2;
-  projected.scale = OffsetScale(p.offset_scale);
-  projected.far = FarContext(p);
-  projected.pad_h = p.pad_h;
-  projected.pad_w = p.pad_w;
-  const int64_t tiles_x = (p.width_out + 7) / 8, tiles_y = (p.height_out + 7) / 8, tiles = p.batch * tiles_x * tiles_y;
-  projected.tiles_x = FastDivide(static_cast<uint32_t>(tiles_x));
-  projected.tiles_y = FastDivide(static_cast<uint32_t>(tiles_y));
-  projected.tiles = static_cast<int>(tiles);
-  cudaError_t error = encode_maps<Shape>(projected, args);
-  if (error != cudaSuccess) return error;
-
-  const auto kernel = forward_projected_kernel<T, Shape>;
-  static OncePerDevice prepared;
-  error = prepared.run(
-      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES); });
+  ForwardProjected projected(args);
+  const cudaError_t error = encode_maps<Shape>(projected, args);
   if (error != cudaSuccess) return error;
   const int64_t most = device_limits().multiprocessors;
-  const int64_t needed = (tiles + Shape::WARPGROUPS - 1) / Shape::WARPGROUPS;
-  return launch(kernel, needed < most ? needed : most, Shape::THREADS, Shape::BYTES, stream, true, projected);
+  const int64_t needed = divide_up(projected.tiles, Shape::WARPGROUPS);
+  return launch_with_memory<forward_projected_kernel<T, Shape>>(needed < most ? needed : most, Shape::THREADS,
+                                                                Shape::BYTES, stream, true, projected);
 }
 
 template <typename T>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "copy_engine.cuh"
-#include "forward_far.cuh"
+#include "forward_problem.cuh"
 
 namespace dcngen::window {
 
@@ -15,8 +15,13 @@ struct ForwardProjected {
   int64_t image_bytes;
   OffsetScale scale;
   FarContext far;
-  int tiles, pad_h, pad_w;
-  FastDivide tiles_x, tiles_y;
+  TileGrid grid;
+  int tiles;
+
+  explicit ForwardProjected(const ProjectedArgs& args)
+      : input(args.input), bias(args.bias),
+        image_bytes(args.p.height_in * args.p.width_in * args.p.input_pixel_stride * value_bytes(args.p)),
+        scale(args.p.offset_scale), far(args.p), grid(args.p), tiles(static_cast<int>(grid.count(args.p.batch))) {}
 };
 
 // CHANNELS of a group: 32 or 64. OUTPUT: y is written too.

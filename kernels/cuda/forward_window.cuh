@@ -7,24 +7,14 @@
 #pragma once
 
 #include "copy_engine.cuh"
-#include "forward_far.cuh"
+#include "forward_problem.cuh"
 #include "window.cuh"
 
 namespace dcngen::window {
 
-// What the kernel needs of ForwardArgs. A "slice" is CHANNELS consecutive channels of one group: a whole group, or a
-// part of a group too wide for the tile. Slices are numbered by channel: slice v begins at channel v * CHANNELS.
-struct ForwardWindow {
+struct ForwardWindow : ForwardTiles {
   CUtensorMap input_map, taps_map;  // of the copy engine; not set where it does not exist
-  const void* input;
-  const void* offset_mask;
-  void* output;
-  int64_t input_stride, offset_mask_stride, output_stride;  // elements from pixel to pixel
-  int height_in, width_in, height_out, width_out, pad_h, pad_w;
-  int slices, channels, offset_mask_bytes;
-  OffsetScale scale;
-  FarContext far;
-  FastDivide slices_per_group, chunks, tiles_x, tiles_y;
+  using ForwardTiles::ForwardTiles;
 };
 
 // BULK: tiles come by the copy engine of sm_90, else by the threads.
@@ -32,7 +22,7 @@ template <int CHANNELS_, bool BULK_>
 struct ForwardShape {
   static constexpr bool BULK = BULK_;
   static constexpr int CHANNELS = CHANNELS_;                    // channels of a slice
-  static constexpr int TILE_H = 8, TILE_W = 8;                  // output pixels of a block
+  static constexpr int TILE_H = TileGrid::SIDE, TILE_W = TILE_H;  // output pixels of a block
   static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
   static constexpr int PIXEL_BLOCKS = TILE_H / 4 * BLOCKS_X;
   static constexpr int SLICES = kTileChannels / CHANNELS;       // slices of a block
@@ -71,25 +61,6 @@ struct ForwardShape {
     return (m * PASS_CHUNKS + (chunk ^ (m * PASS_CHUNKS / 8 % PASS_CHUNKS))) * 16;
   }
 };
-
-// Where a thread's block lies, and a pixel of it in the output.
-struct OutputTile {
-  int chunk, x0, y0, image;
-  __device__ __forceinline__ int pixel(const ForwardWindow& p, int y, int x) const {
-    return y0 + y < p.height_out && x0 + x < p.width_out ? (y0 + y) * p.width_out + x0 + x : -1;
-  }
-};
-
-template <typename Shape>
-__device__ __forceinline__ OutputTile locate_tile(const ForwardWindow& p) {
-  uint32_t rest = blockIdx.x;
-  OutputTile tile;
-  tile.chunk = static_cast<int>(p.chunks.split(rest));
-  tile.x0 = static_cast<int>(p.tiles_x.split(rest)) * Shape::TILE_W;
-  tile.y0 = static_cast<int>(p.tiles_y.split(rest)) * Shape::TILE_H;
-  tile.image = static_cast<int>(rest);
-  return tile;
-}
 
 // sums[j][..] += S * window for the CHUNKS chunks of 8 channels from `chunk` on; `corner` is window pixel (0, 0).
 template <typename Tile, typename T, int CHUNKS>
@@ -211,7 +182,7 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   using Tile = typename Shape::Tile;
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
   const uint32_t tile = smem_address(window_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
-  const OutputTile at = locate_tile<Shape>(p);
+  const OutputTile at(p);
   let_next_kernel_begin();
   wait_for_previous_kernel();
 

@@ -78,6 +78,18 @@ class OncePerDevice {
   std::atomic<uint64_t> done_{0};
 };
 
+// The same for a kernel with more shared memory than a block has unasked.
+template <auto KERNEL, typename... Arguments>
+cudaError_t launch_with_memory(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, bool after_previous,
+                               const Arguments&... arguments) {
+  static OncePerDevice prepared;
+  const cudaError_t error = prepared.run(
+      [&] { return cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes); });
+  if (error != cudaSuccess) return error;
+  return launch(KERNEL, blocks, threads, shared_bytes, stream, after_previous, arguments...);
+}
+
+inline int value_bytes(const Params& p) { return p.dtype == DCNGEN_FLOAT32 ? 4 : 2; }
 inline int taps(const Params& p) { return p.kernel_h * p.kernel_w - (p.remove_center ? 1 : 0); }
 
 // plain_*.cu: any shape, any dtype; a gather forward, a gather for offset and mask gradients, atomics for the input's.
