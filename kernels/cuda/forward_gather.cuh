@@ -247,12 +247,6 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) forward_gather_kernel(const
   }
 }
 
-// Multiprocessors of the current device and the shared memory that a block may have; forward_window.cu.
-struct DeviceLimits {
-  int multiprocessors, shared_bytes;
-};
-DeviceLimits device_limits();
-
 inline ForwardGather::ForwardGather(const ForwardArgs& args, int slice_channels, int unit_channels, int unit_w,
                                     int unit_h)
     : ForwardProblem(args, slice_channels, unit_channels), far(args.p), units_y(divide_up(height_out, unit_h)) {
@@ -279,7 +273,6 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   }
   const ForwardGather gather(args, Shape::CHANNELS, Shape::CHANNELS * Shape::SLICES, Shape::UNIT_W, Shape::UNIT_H);
   const auto kernel = forward_gather_kernel<T, Shape>;
-  const DeviceLimits limits = device_limits();
   constexpr int kBytes = Shape::WARPS * Shape::WARP_BYTES;
   static OncePerDevice prepared;
   const cudaError_t error = prepared.run([&] {
@@ -290,7 +283,7 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   });
   if (error != cudaSuccess) return error;
-  const int64_t spans = (gather.units + 31) / 32, most = limits.multiprocessors;
+  const int64_t spans = (gather.units + 31) / 32, most = multiprocessors();
   return launch(kernel, spans < most ? spans : most, Shape::THREADS, kBytes, stream, bulk_copies(), gather);
 }
 

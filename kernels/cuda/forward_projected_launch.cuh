@@ -33,7 +33,7 @@ cudaError_t launch_projected(const ProjectedArgs& args, cudaStream_t stream) {
   ForwardProjected projected(args);
   const cudaError_t error = encode_maps<Shape>(projected, args);
   if (error != cudaSuccess) return error;
-  const int64_t most = device_limits().multiprocessors;
+  const int64_t most = multiprocessors();
   const int64_t needed = divide_up(projected.tiles, Shape::WARPGROUPS);
   return launch_with_memory<forward_projected_kernel<T, Shape>>(needed < most ? needed : most, Shape::THREADS,
                                                                 Shape::BYTES, stream, true, projected);

@@ -124,11 +124,6 @@ __device__ __forceinline__ void store_global16(void* to, uint4 v) {
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
-__device__ __forceinline__ float2 load_shared8f(uint32_t from) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
-  return v;
-}
 __device__ __forceinline__ float4 load_shared16f(uint32_t from) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -136,9 +131,6 @@ __device__ __forceinline__ float4 load_shared16f(uint32_t from) {
                : "r"(from)
                : "memory");
   return v;
-}
-__device__ __forceinline__ void store_shared16f(uint32_t to, float4 v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 __device__ __forceinline__ void store_shared16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
@@ -158,7 +150,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "memory");
 }
 
-// The other way for MATRICES = 1, 2 or 4 of them: register i of the fragments goes to matrix i.
+// The other way for MATRICES = 2 or 4 of them: register i of the fragments goes to matrix i.
 template <int MATRICES>
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)[MATRICES]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -166,10 +158,9 @@ __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
                  "r"(r[2]), "r"(r[3])
                  : "memory");
-  } else if constexpr (MATRICES == 2) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(r[0]), "r"(r[1]) : "memory");
   } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(row), "r"(r[0]) : "memory");
+    static_assert(MATRICES == 2, "");
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(r[0]), "r"(r[1]) : "memory");
   }
 #else
   const int lane = threadIdx.x & 31;
