@@ -30,12 +30,9 @@ __device__ __forceinline__ void gather_task(const FarContext& c, const char* ima
     float sums[8] = {};
 #pragma unroll 3
     for (int k = 0; k < kTaps; ++k) {
-      const Corners corners(c, place_x(c, x0 + (m & 3), k, load_value<T>(from + 4 * k)),
-                            place_y(c, y0 + (m >> 2), k, load_value<T>(from + 4 * k + 2)),
-                            load_value<T>(from + (2 * kTaps + k) * 2));
-      const uint4* at = reinterpret_cast<const uint4*>(image) + corners.first + chunk;
-      const uint4 read[4] = {load_global16(at), load_global16(at + c.pixel_pieces), load_global16(at + c.row_pieces),
-                             load_global16(at + c.row_pieces + c.pixel_pieces)};
+      const Corners corners = corners_of_tap<T>(c, x0 + (m & 3), y0 + (m >> 2), k, from);
+      uint4 read[4];
+      corners.load(read, c, reinterpret_cast<const uint4*>(image) + chunk);
       uint32_t weights[Blend<T>::WORDS];
       Blend<T>::pack(weights, corners.weight);
       Blend<T>::add(sums, weights, read);
@@ -189,14 +186,10 @@ struct ProjectedWarp {
         load_matrices(y[step], staged_step(step));
       }
     } else if (samples.unit_far != 0) {
-      FarRecords::store<T>(records, p.far, samples.far, far_of_unit(samples, unit_of_lane), lane,
-                           [&](int row, int k, float& x, float& y_at, float& mask) {
-                             const uint32_t from =
-                                 samples.values + row * Shape::TAPS_PITCH + unit_of_lane * 2 * kGroupValues;
-                             x = place_x(p.far, x0 + (row & 3), k, load_value<T>(from + 4 * k));
-                             y_at = place_y(p.far, y0 + (row >> 2), k, load_value<T>(from + 4 * k + 2));
-                             mask = load_value<T>(from + (2 * kTaps + k) * 2);
-                           });
+      FarRecords::store<T>(records, samples.far, far_of_unit(samples, unit_of_lane), lane, [&](int row, int k) {
+        return corners_of_tap<T>(p.far, x0 + (row & 3), y0 + (row >> 2), k,
+                                 samples.values + row * Shape::TAPS_PITCH + unit_of_lane * 2 * kGroupValues);
+      });
     }
   }
   static __device__ __forceinline__ int far_of_unit(const TaskSamples& samples, int unit) {

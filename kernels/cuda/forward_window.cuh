@@ -251,15 +251,11 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   for (int task = 0; task < Shape::WARP_TASKS; ++task) {
     if (unit_far[task] == 0) continue;
     const uint32_t values = unit_values(task);
-    FarRecords::store<T>(own + Shape::RECORDS_AT + task * FarRecords::BYTES, p.far, far[task],
-                         static_cast<int>(unit_far[task] >> 16 * unit_of_lane & 0xffff), lane,
-                         [&](int row, int k, float& x, float& y, float& mask) {
-                           const uint32_t from = values + row * Shape::Span::PITCH;
-                           x = place_x(p.far, at.x0 + Shape::block_x(lane_block) + (row & 3), k,
-                                       load_value<T>(from + 4 * k));
-                           y = place_y(p.far, at.y0 + Shape::block_y(lane_block) + (row >> 2), k,
-                                       load_value<T>(from + 4 * k + 2));
-                           mask = load_value<T>(from + (2 * kTaps + k) * 2);
+    FarRecords::store<T>(own + Shape::RECORDS_AT + task * FarRecords::BYTES, far[task],
+                         static_cast<int>(unit_far[task] >> 16 * unit_of_lane & 0xffff), lane, [&](int row, int k) {
+                           return corners_of_tap<T>(p.far, at.x0 + Shape::block_x(lane_block) + (row & 3),
+                                                    at.y0 + Shape::block_y(lane_block) + (row >> 2), k,
+                                                    values + row * Shape::Span::PITCH);
                          });
   }
   __syncwarp();

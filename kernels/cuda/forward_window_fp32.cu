@@ -56,12 +56,9 @@ __device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Far
 #pragma unroll 1
   for (; far; far &= far - 1) {
     const int k = __ffs(far) - 1;
-    const Corners corners(c, place_x(c, x, k, load_value<float>(values + 8 * k)),
-                          place_y(c, y, k, load_value<float>(values + 8 * k + 4)),
-                          load_value<float>(values + (2 * kTaps + k) * 4));
-    const uint4* from = reinterpret_cast<const uint4*>(image) + corners.first;
-    const uint4 v[4] = {load_global16(from), load_global16(from + c.pixel_pieces), load_global16(from + c.row_pieces),
-                        load_global16(from + c.row_pieces + c.pixel_pieces)};
+    const Corners corners = corners_of_tap<float>(c, x, y, k, values);
+    uint4 v[4];
+    corners.load(v, c, reinterpret_cast<const uint4*>(image));
     uint32_t weights[4];
     Blend<float>::pack(weights, corners.weight);
     Blend<float>::add(sum, weights, v);
