@@ -1,4 +1,4 @@
-// What the window backward needs beyond instructions.cuh: reductions, 2- and 8-byte accesses to shared memory.
+// What the window backward needs beyond instructions.cuh: reductions (sm_90 and later) and the far samples' channels.
 #pragma once
 
 #include "copy_engine.cuh"
@@ -31,10 +31,8 @@ template <>
 struct HalfTraits<__half> : HalfVectors<__half> {
   static constexpr uint32_t kOne = 0x3c00u;
   static __device__ __forceinline__ void reduce_add(__half* to, uint4 v) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
-#endif
   }
   template <int LANES>
   static __device__ __forceinline__ void reduce_share(__half* to, const float (&v)[8]) {
@@ -46,10 +44,8 @@ template <>
 struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
   static constexpr uint32_t kOne = 0x3f80u;
   static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, uint4 v) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
-#endif
   }
   template <int LANES>
   static __device__ __forceinline__ void reduce_share(__nv_bfloat16* to, const float (&v)[8]) {
@@ -71,14 +67,12 @@ struct HalfTraits<float> {
   }
   template <int LANES>
   static __device__ __forceinline__ void reduce_share(float* to, const float (&v)[8]) {
-#if __CUDA_ARCH__ >= 900
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to + 4 * i * LANES), "f"(v[4 * i]),
                    "f"(v[4 * i + 1]), "f"(v[4 * i + 2]), "f"(v[4 * i + 3])
                    : "memory");
     }
-#endif
   }
 };
 
@@ -89,20 +83,6 @@ __device__ __forceinline__ void load_fragments(uint32_t (&r)[4], uint32_t addres
   } else {
     window::load_matrices(r, address);
   }
-}
-
-__device__ __forceinline__ void store_pair(uint32_t address, uint32_t v0, uint32_t v1) {
-  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(v0), "r"(v1) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_half(uint32_t address) {
-  uint16_t v;
-  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_half(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(v)) : "memory");
 }
 
 }  // namespace dcngen::backward

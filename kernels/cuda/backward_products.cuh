@@ -74,9 +74,11 @@ __device__ __forceinline__ void exchange_products(float (&mine)[5][5], const flo
   for (int row = 0; row < 8; ++row) {
     const float(&v)[4] = t[row];
     const uint32_t at = base + 32 * row;
-    if (row <= 5 && row - r >= 0 && row - r <= 4) store_pair(at, __float_as_uint(v[0]), __float_as_uint(v[1]));
+    if (row <= 5 && row - r >= 0 && row - r <= 4) {
+      window::store_shared8(at, __float_as_uint(v[0]), __float_as_uint(v[1]));
+    }
     if (row >= 2 && row - r >= 2 && row - r <= 6) {
-      store_pair(at + 4 * 320, __float_as_uint(v[2]), __float_as_uint(v[3]));
+      window::store_shared8(at + 4 * 320, __float_as_uint(v[2]), __float_as_uint(v[3]));
     }
   }
   __syncwarp();

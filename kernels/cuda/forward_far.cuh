@@ -83,9 +83,7 @@ __device__ __forceinline__ float load_value(uint32_t from) {
   if constexpr (sizeof(T) == 4) {
     return __uint_as_float(load_shared(from));
   } else {
-    uint16_t v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
-    return Dtype<T>::low(v);
+    return Dtype<T>::low(load_shared2(from));
   }
 }
 

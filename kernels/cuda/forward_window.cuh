@@ -21,8 +21,8 @@ struct ForwardWindow : ForwardTiles {
 template <int CHANNELS_, bool BULK_>
 struct ForwardShape {
   static constexpr bool BULK = BULK_;
-  static constexpr int CHANNELS = CHANNELS_;                    // channels of a slice
-  static constexpr int TILE_H = TileGrid::SIDE, TILE_W = TILE_H;  // output pixels of a block
+  static constexpr int CHANNELS = CHANNELS_;  // of a slice
+  static constexpr int TILE_H = TileGrid::SIDE, TILE_W = TILE_H;
   static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
   static constexpr int PIXEL_BLOCKS = TILE_H / 4 * BLOCKS_X;
   static constexpr int SLICES = kTileChannels / CHANNELS;       // slices of a block

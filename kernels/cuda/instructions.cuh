@@ -98,6 +98,11 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+__device__ __forceinline__ uint16_t load_shared2(uint32_t from) {
+  uint16_t v;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+  return v;
+}
 __device__ __forceinline__ uint32_t load_shared(uint32_t from) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
@@ -121,8 +126,15 @@ __device__ __forceinline__ uint4 load_global16(const void* from) {
 __device__ __forceinline__ void store_global16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+// The lower half of v.
+__device__ __forceinline__ void store_shared2(uint32_t to, uint32_t v) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(static_cast<uint16_t>(v)) : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_shared8(uint32_t to, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 __device__ __forceinline__ float4 load_shared16f(uint32_t from) {
   float4 v;
