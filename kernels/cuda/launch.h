@@ -97,7 +97,7 @@ class OncePerDevice {
   std::atomic<uint64_t> done_{0};
 };
 
-// The same for a kernel with more shared memory than a block has unasked.
+// Launches KERNEL, whose blocks always have so many bytes of shared memory: more than a block has unasked.
 template <auto KERNEL, typename... Arguments>
 cudaError_t launch_with_memory(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, bool after_previous,
                                const Arguments&... arguments) {
