@@ -53,8 +53,6 @@ const char* unsupported(const Params& p) {
   return nullptr;
 }
 
-bool takes_window(const Params& p) { return backward_window_applies(p); }
-
 }  // namespace
 }  // namespace dcngen
 
@@ -114,7 +112,7 @@ int dcngen_cuda_dcnv4_forward_projected(const dcngen_dcnv4_params* params, const
 }
 
 int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params) {
-  return takes_window(*params) ? backward_window_workspace(*params) : backward_plain_workspace(*params);
+  return backward_window_applies(*params) ? backward_window_workspace(*params) : backward_plain_workspace(*params);
 }
 
 int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* grad_output, const void* input,
@@ -125,7 +123,7 @@ int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* gr
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 backward: selecting the device");
   const BackwardArgs args{*params, grad_output, input, offset_mask, grad_input, grad_offset_mask, workspace};
-  const auto run = takes_window(args.p) ? backward_window : backward_plain;
+  const auto run = backward_window_applies(args.p) ? backward_window : backward_plain;
   return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 backward");
 }
 

@@ -60,39 +60,6 @@ inline Windows choose_windows(const Params& p) {
   return large && p.group_channels >= 32 && !p.deterministic ? Windows::kAround : Windows::kNone;
 }
 
-struct TensorBox {
-  int64_t channels, width, height, batch, pixel_stride;
-  int box_channels, box_width, box_height;
-  int element_bytes;
-};
-
-inline cudaError_t encode(CUtensorMap* map, CUtensorMapDataType type, const void* pointer, const TensorBox& t) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode_tiled = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
-  }();
-  if (encode_tiled == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(t.channels), static_cast<cuuint64_t>(t.width),
-                               static_cast<cuuint64_t>(t.height), static_cast<cuuint64_t>(t.batch)};
-  const cuuint64_t pixel = t.element_bytes * static_cast<cuuint64_t>(t.pixel_stride);
-  const cuuint64_t strides[3] = {pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(t.box_channels), static_cast<cuuint32_t>(t.box_width),
-                             static_cast<cuuint32_t>(t.box_height), 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const int row_bytes = t.box_channels * t.element_bytes;
-  const CUtensorMapSwizzle swizzle = row_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
-                                     : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                       : CU_TENSOR_MAP_SWIZZLE_128B;
-  const CUresult result = encode_tiled(map, type, 4, const_cast<void*>(pointer), sizes, strides, box, steps,
-                                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return static_cast<cudaError_t>(result);  // the runtime numbers its errors as the driver does
-}
-
 inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
   const Params& p = args.p;
   const Extent e = extent_of(p);
@@ -119,35 +86,34 @@ inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
 }
 
 // Maps for tiles with halo of pitch x rows pixels, `row_channels` channels a shared-memory row; results leave by units.
-template <typename T>
-cudaError_t encode_maps(Maps& maps, const BackwardArgs& args, int row_channels, int pitch, int rows) {
+inline cudaError_t encode_maps(Maps& maps, const BackwardArgs& args, int row_channels, int pitch, int rows) {
   const Params& p = args.p;
   const int64_t channels = int64_t{p.groups} * p.group_channels, numbers = 27 * int64_t{p.groups};
-  constexpr int kBytes = sizeof(T);
-  const TensorBox boxes[4] = {
-      {channels, p.width_in, p.height_in, p.batch, p.input_pixel_stride, row_channels, pitch, rows, kBytes},
-      {channels, p.width_out, p.height_out, p.batch, p.output_pixel_stride, row_channels, pitch, rows, kBytes},
-      {numbers, p.width_out, p.height_out, p.batch, p.offset_mask_pixel_stride, 32, pitch, rows, kBytes},
-      {channels, p.width_in, p.height_in, p.batch, p.grad_input_pixel_stride, row_channels, 8, 4, kBytes}};
-  const void* pointers[4] = {args.input, args.grad_output, args.offset_mask, args.grad_input};
-  CUtensorMap* all[4] = {&maps.input, &maps.grad_output, &maps.offset_mask, &maps.grad_input};
+  const window::PixelTensor tensors[4] = {
+      window::input_pixels(p, args.input, channels, p.input_pixel_stride),
+      window::output_pixels(p, args.grad_output, channels, p.output_pixel_stride),
+      window::output_pixels(p, args.offset_mask, numbers, p.offset_mask_pixel_stride),
+      window::input_pixels(p, args.grad_input, channels, p.grad_input_pixel_stride)};
+  const window::Box boxes[4] = {{row_channels, pitch, rows, true},
+                                {row_channels, pitch, rows, true},
+                                {32, pitch, rows, true},
+                                {row_channels, 8, 4, true}};
+  CUtensorMap* maps_of[4] = {&maps.input, &maps.grad_output, &maps.offset_mask, &maps.grad_input};
   for (int i = 0; i < 4; ++i) {
-    const cudaError_t error = encode(all[i], HalfTraits<T>::kMapType, pointers[i], boxes[i]);
+    const cudaError_t error = window::encode_box_map(*maps_of[i], tensors[i], boxes[i]);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
 // Launches one instance of a tile kernel whose sizes are Shape's.
-template <typename T, typename Shape, typename Kernel>
-cudaError_t launch_kernel(Kernel kernel, int row_channels, const BackwardArgs& args, const TileArgs& tile,
-                          int64_t blocks, cudaStream_t stream) {
+template <typename Shape, auto KERNEL>
+cudaError_t launch_kernel(int row_channels, const BackwardArgs& args, const TileArgs& tile, int64_t blocks,
+                          cudaStream_t stream) {
   Maps maps;
-  cudaError_t error = encode_maps<T>(maps, args, row_channels, Shape::kPitch, Shape::kRows);
+  const cudaError_t error = encode_maps(maps, args, row_channels, Shape::kPitch, Shape::kRows);
   if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
-  if (error != cudaSuccess) return error;
-  return launch(kernel, blocks, Shape::kThreads, Shape::kShared, stream, false, maps, tile);
+  return launch_with_memory<KERNEL>(blocks, Shape::kThreads, Shape::kShared, stream, false, maps, tile);
 }
 
 template <typename T, int D, int UNITS_X, int UNITS_Y>
@@ -155,11 +121,11 @@ cudaError_t launch_tile(const BackwardArgs& args, const TileArgs& tile, cudaStre
   const int64_t blocks = count_blocks(args.p, {UNITS_X, UNITS_Y});
   if constexpr (sizeof(T) == 4) {
     using Shape = SingleShape<D, UNITS_X, UNITS_Y>;
-    return launch_kernel<T, Shape>(single_tile_kernel<D, UNITS_X, UNITS_Y>, Shape::kRowChannels, args, tile, blocks,
-                                   stream);
+    return launch_kernel<Shape, single_tile_kernel<D, UNITS_X, UNITS_Y>>(Shape::kRowChannels, args, tile, blocks,
+                                                                         stream);
   } else {
     using Shape = TileShape<D, UNITS_X, UNITS_Y>;
-    return launch_kernel<T, Shape>(tile_kernel<T, D, UNITS_X, UNITS_Y>, D, args, tile, blocks, stream);
+    return launch_kernel<Shape, tile_kernel<T, D, UNITS_X, UNITS_Y>>(D, args, tile, blocks, stream);
   }
 }
 
@@ -186,11 +152,9 @@ cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
 template <typename T, int D, int SIDE, bool WHOLE>
 cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
   using Shape = WideShape<D, SIDE>;
-  const auto kernel = wide_kernel<T, D, SIDE, WHOLE>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared);
-  if (error != cudaSuccess) return error;
   const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = kMultiprocessors * Shape::kBlocks;
-  return launch(kernel, windows < most ? windows : most, kWideThreads, Shape::kShared, stream, true, far);
+  return launch_with_memory<wide_kernel<T, D, SIDE, WHOLE>>(windows < most ? windows : most, kWideThreads,
+                                                            Shape::kShared, stream, true, far);
 }
 
 // A gather's time goes by samples and channels, that of products over a window does not. By measurement: the far

@@ -1,8 +1,7 @@
-// What the window backward needs beyond window.cuh: reductions, and tile copies by the bulk copy engine of sm_90.
+// What the window backward needs beyond instructions.cuh: reductions (sm_90 and later) and the far samples' channels.
 #pragma once
 
-#include <cuda.h>
-
+#include "copy_engine.cuh"
 #include "window.cuh"
 
 namespace dcngen::backward {
@@ -31,12 +30,9 @@ struct HalfVectors : window::Dtype<T> {
 template <>
 struct HalfTraits<__half> : HalfVectors<__half> {
   static constexpr uint32_t kOne = 0x3c00u;
-  static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   static __device__ __forceinline__ void reduce_add(__half* to, uint4 v) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.noftz.v4.f16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
-#endif
   }
   template <int LANES>
   static __device__ __forceinline__ void reduce_share(__half* to, const float (&v)[8]) {
@@ -47,12 +43,9 @@ struct HalfTraits<__half> : HalfVectors<__half> {
 template <>
 struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
   static constexpr uint32_t kOne = 0x3f80u;
-  static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   static __device__ __forceinline__ void reduce_add(__nv_bfloat16* to, uint4 v) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.noftz.v4.bf16x2 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
-#endif
   }
   template <int LANES>
   static __device__ __forceinline__ void reduce_share(__nv_bfloat16* to, const float (&v)[8]) {
@@ -63,7 +56,6 @@ struct HalfTraits<__nv_bfloat16> : HalfVectors<__nv_bfloat16> {
 // float: only what the far samples need; its tiles have a kernel of their own.
 template <>
 struct HalfTraits<float> {
-  static constexpr auto kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   static constexpr int kPiece = 4;
   template <int LANES>
   static __device__ __forceinline__ void load_share(float (&to)[8], const float* from) {
@@ -75,14 +67,12 @@ struct HalfTraits<float> {
   }
   template <int LANES>
   static __device__ __forceinline__ void reduce_share(float* to, const float (&v)[8]) {
-#if __CUDA_ARCH__ >= 900
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to + 4 * i * LANES), "f"(v[4 * i]),
                    "f"(v[4 * i + 1]), "f"(v[4 * i + 2]), "f"(v[4 * i + 3])
                    : "memory");
     }
-#endif
   }
 };
 
@@ -93,95 +83,6 @@ __device__ __forceinline__ void load_fragments(uint32_t (&r)[4], uint32_t addres
   } else {
     window::load_matrices(r, address);
   }
-}
-
-__device__ __forceinline__ void store_pair(uint32_t address, uint32_t v0, uint32_t v1) {
-  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(v0), "r"(v1) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_half(uint32_t address) {
-  uint16_t v;
-  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_half(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(v)) : "memory");
-}
-
-// Everything below needs sm_90; on older targets these bodies are empty and the kernels that use them are never chosen.
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r0), "r"(r1),
-               "r"(r2), "r"(r3)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred done;\nwait_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra wait_%=;\n}" ::"r"(barrier), "r"(parity)
-      : "memory");
-#endif
-}
-
-// Places outside the tensor read as zero, which is the operator's boundary rule.
-__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c, int x, int y,
-                                          int n) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], "
-      "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(n)
-      : "memory");
-#endif
-}
-
-// Places outside the tensor are not written. The caller's warp has fenced its shared stores (fence_stores).
-__device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t from, int c, int x, int y, int n) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(map),
-               "r"(from), "r"(c), "r"(x), "r"(y), "r"(n)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
-}
-
-// For kernels that follow one another (launch in launch.h): the first may let the next one's blocks take their places
-// once all its own have theirs; the next must not touch memory before the first has ended.
-__device__ __forceinline__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void fence_stores() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 }  // namespace dcngen::backward

@@ -74,9 +74,11 @@ __device__ __forceinline__ void exchange_products(float (&mine)[5][5], const flo
   for (int row = 0; row < 8; ++row) {
     const float(&v)[4] = t[row];
     const uint32_t at = base + 32 * row;
-    if (row <= 5 && row - r >= 0 && row - r <= 4) store_pair(at, __float_as_uint(v[0]), __float_as_uint(v[1]));
+    if (row <= 5 && row - r >= 0 && row - r <= 4) {
+      window::store_shared8(at, __float_as_uint(v[0]), __float_as_uint(v[1]));
+    }
     if (row >= 2 && row - r >= 2 && row - r <= 6) {
-      store_pair(at + 4 * 320, __float_as_uint(v[2]), __float_as_uint(v[3]));
+      window::store_shared8(at + 4 * 320, __float_as_uint(v[2]), __float_as_uint(v[3]));
     }
   }
   __syncwarp();
@@ -145,16 +147,18 @@ __device__ __forceinline__ void multiply_weights(uint32_t stage, uint32_t weight
     }
     const int pixel = 4 * block + 8 * ((lane >> 2) & 1) + (lane & 3);  // of the unit; the lower half is two rows down
     if constexpr (D == 16) {
-      store_matrices(stage + tile_offset<D>(pixel + 16 * high, low), upper_half[0], upper_half[1], lower_half[0],
-                     lower_half[1]);
+      window::store_matrices<4>(stage + tile_offset<D>(pixel + 16 * high, low),
+                                {upper_half[0], upper_half[1], lower_half[0], lower_half[1]});
     } else {
 #pragma unroll
       for (int part = 0; part < D / 32; ++part) {
         const int first = 4 * part;
-        store_matrices(stage + tile_offset<D>(pixel, first + matrix), upper_half[first], upper_half[first + 1],
-                       upper_half[first + 2], upper_half[first + 3]);
-        store_matrices(stage + tile_offset<D>(pixel + 16, first + matrix), lower_half[first], lower_half[first + 1],
-                       lower_half[first + 2], lower_half[first + 3]);
+        window::store_matrices<4>(
+            stage + tile_offset<D>(pixel, first + matrix),
+            {upper_half[first], upper_half[first + 1], upper_half[first + 2], upper_half[first + 3]});
+        window::store_matrices<4>(
+            stage + tile_offset<D>(pixel + 16, first + matrix),
+            {lower_half[first], lower_half[first + 1], lower_half[first + 2], lower_half[first + 3]});
       }
     }
   }

@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
 #if __CUDA_ARCH__ >= 900
   using Shape = SingleShape<D, UNITS_X, UNITS_Y>;
   constexpr int kPitch = Shape::kPitch;
-  extern __shared__ __align__(1024) uint8_t shared[];  // the swizzles of the copy engine go by address
-  const uint32_t region_a = window::smem_address(shared);
+  extern __shared__ __align__(1024) uint8_t single_shared[];  // the swizzles of the copy engine go by address
+  const uint32_t region_a = window::smem_address(single_shared);
   const uint32_t region_b = region_a + Shape::kRegionA, region_c = region_b + Shape::kTileBytes;
   const uint32_t barrier = region_c + Shape::kOffsetMaskBytes;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -193,23 +193,24 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
   const int u_x0 = args.origin_x + tile_x * Shape::kWidth, u_y0 = args.origin_y + tile_y * Shape::kHeight;
   const int skip = (27 * group) & 3;
   if (thread == 0) {
-    barrier_init(barrier, 1);
-    barrier_expect(barrier, 2 * Shape::kTileBytes + Shape::kOffsetMaskBytes);
+    window::barrier_init(barrier);
+    window::barrier_publish();
+    window::barrier_expect(barrier, 2 * Shape::kTileBytes + Shape::kOffsetMaskBytes);
     const int x = u_x0 - 2, y = u_y0 - 2;
     for (int part = 0; part < Shape::kParts; ++part) {
       const int channel = group * D + part * Shape::kRowChannels, at = part * Shape::kPartBytes;
-      load_tile(region_a + at, &maps.input, barrier, channel, x, y, n);
-      load_tile(region_b + at, &maps.grad_output, barrier, channel, x - args.shift_x, y - args.shift_y, n);
+      window::load_box(region_a + at, maps.input, channel, x, y, n, barrier);
+      window::load_box(region_b + at, maps.grad_output, channel, x - args.shift_x, y - args.shift_y, n, barrier);
     }
-    load_tile(region_c, &maps.offset_mask, barrier, 27 * group - skip, x - args.shift_x, y - args.shift_y, n);
+    window::load_box(region_c, maps.offset_mask, 27 * group - skip, x - args.shift_x, y - args.shift_y, n, barrier);
   }
   const int unit_x = 8 * (warp % UNITS_X), unit_y = 4 * (warp / UNITS_X);
   const int u_x = u_x0 + unit_x, u_y = u_y0 + unit_y;
   const bool active = u_x < args.end_x && u_y < args.end_y;
   const int x = unit_x + 2 + (lane & 7), y = unit_y + 2 + (lane >> 3), slot = y * kPitch + x;
-  let_next_kernel_begin();
+  window::let_next_kernel_begin();
   __syncthreads();
-  barrier_wait(barrier, 0);
+  window::barrier_wait(barrier, 0);
 
   SingleOffsetMask om = load_single(region_c, slot, skip);
   constexpr int kPasses = (Shape::kRing + Shape::kThreads - 1) / Shape::kThreads;
@@ -251,13 +252,15 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
   __syncthreads();
   if (active) {
     single_input_gradient<Shape>(stage, region_c, region_b, slot, lane);
-    fence_stores();
+    window::publish_to_copies();
     __syncwarp();
     const bool has_input = u_x >= 0 && u_y >= 0 && u_x < args.width_in && u_y < args.height_in;
     if (lane == 0 && has_input) {
       for (int part = 0; part < Shape::kParts; ++part) {
-        store_tile(&maps.grad_input, stage + part * 32 * 4 * Shape::kRowChannels,
-                   group * D + part * Shape::kRowChannels, u_x, u_y, n);
+        window::store_box(maps.grad_input, stage + part * 32 * 4 * Shape::kRowChannels,
+                          group * D + part * Shape::kRowChannels, u_x, u_y, n);
+        window::store_commit();
+        window::store_wait_read();
       }
     }
   }

@@ -103,14 +103,12 @@ __device__ __forceinline__ unsigned far_bits(float2 d, int k, float reach) {
 
 // Writes a unit's flag and, where it is set, the bits of its pixels.
 __device__ __forceinline__ void note_far_samples(const TileArgs& args, int64_t unit, unsigned far, int lane) {
-#if __CUDA_ARCH__ >= 900
   unsigned flag = 0;
   if (__any_sync(window::kAllLanes, far != 0)) {
     flag = 1 + min(__reduce_add_sync(window::kAllLanes, far >> 16), 254u);
     args.far_masks[32 * unit + lane] = static_cast<uint16_t>(far);
   }
   if (lane == 0) args.far_units[unit] = static_cast<uint8_t>(flag);
-#endif
 }
 
 // Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of
@@ -172,18 +170,18 @@ struct WeightFrame {
     const uint32_t p2 = HalfTraits<T>::pack(w[4], 0.f);
     const uint32_t q0 = p0 << shift, q1 = __funnelshift_l(p0, p1, shift), q2 = __funnelshift_l(p1, p2, shift);
     const uint32_t at = (row % 2 ? odd : even) + 32 * (row / 2);
-    store_pair(at, right ? 0u : q0, right ? q0 : q1);
-    store_pair(at + 16, right ? q1 : q2, right ? q2 : 0u);
+    window::store_shared8(at, right ? 0u : q0, right ? q0 : q1);
+    window::store_shared8(at + 16, right ? q1 : q2, right ? q2 : 0u);
   }
   __device__ __forceinline__ void clear_unused() const {
-    store_pair(unused, 0u, 0u);
-    store_pair(unused + 16, 0u, 0u);
+    window::store_shared8(unused, 0u, 0u);
+    window::store_shared8(unused + 16, 0u, 0u);
   }
 };
 
 __device__ __forceinline__ void store_no_weights(uint32_t to) {
 #pragma unroll
-  for (int piece = 0; piece < 12; ++piece) store_pair(to + 8 * piece, 0u, 0u);
+  for (int piece = 0; piece < 12; ++piece) window::store_shared8(to + 8 * piece, 0u, 0u);
 }
 
 struct TapGradient {
@@ -241,7 +239,7 @@ __device__ __forceinline__ void pixel_gradients(const OffsetMask& om, const floa
       const float m = mask_of<T>(om, k), factor = scale * m;
       const TapGradient gradient = tap_gradient(products, i, j, d, from_x, from_y);
       window::store_shared(to + 4 * k, HalfTraits<T>::pack(factor * gradient.x, factor * gradient.y));
-      store_half(to + 36 + 2 * k, HalfTraits<T>::pack(gradient.mask, 0.f));
+      window::store_shared2(to + 36 + 2 * k, HalfTraits<T>::pack(gradient.mask, 0.f));
       add_tap(w, i, j, d, m);
     }
     frame.template store_row<T>(j, w[j]);

@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
 #if __CUDA_ARCH__ >= 900
   using Shape = TileShape<D, UNITS_X, UNITS_Y>;
   constexpr int kPitch = Shape::kPitch;
-  extern __shared__ __align__(1024) uint8_t shared[];  // the swizzles of the copy engine go by address
-  const uint32_t region_a = window::smem_address(shared);
+  extern __shared__ __align__(1024) uint8_t tile_shared[];  // the swizzles of the copy engine go by address
+  const uint32_t region_a = window::smem_address(tile_shared);
   const uint32_t region_b = region_a + Shape::kRegionA, region_c = region_b + Shape::kRegionB;
   const uint32_t barrier = region_c + Shape::kRegionC;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -93,12 +93,13 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
 
   const GroupNumbers numbers(group);
   if (thread == 0) {
-    barrier_init(barrier, 1);
-    barrier_expect(barrier, 2 * Shape::kTileBytes + Shape::kOffsetMaskBytes);
+    window::barrier_init(barrier);
+    window::barrier_publish();
+    window::barrier_expect(barrier, 2 * Shape::kTileBytes + Shape::kOffsetMaskBytes);
     const int x = u_x0 - 2, y = u_y0 - 2;
-    load_tile(region_a, &maps.input, barrier, group * D, x, y, n);
-    load_tile(region_b, &maps.grad_output, barrier, group * D, x - args.shift_x, y - args.shift_y, n);
-    load_tile(region_c, &maps.offset_mask, barrier, numbers.first, x - args.shift_x, y - args.shift_y, n);
+    window::load_box(region_a, maps.input, group * D, x, y, n, barrier);
+    window::load_box(region_b, maps.grad_output, group * D, x - args.shift_x, y - args.shift_y, n, barrier);
+    window::load_box(region_c, maps.offset_mask, numbers.first, x - args.shift_x, y - args.shift_y, n, barrier);
   }
   const int unit_x = 8 * (warp % UNITS_X), unit_y = 4 * (warp / UNITS_X);  // in the tile; the window begins there too
   const int u_x = u_x0 + unit_x, u_y = u_y0 + unit_y;
@@ -116,9 +117,9 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     ring_pixel<Shape>(number < Shape::kRing ? number : 0, rx, ry);
     ring_tail[pass] = numbers.tail(args, n, ow0 + rx, oh0 + ry);
   }
-  let_next_kernel_begin();
+  window::let_next_kernel_begin();
   __syncthreads();
-  barrier_wait(barrier, 0);
+  window::barrier_wait(barrier, 0);
 
   float products[5][5];
   if (active) {
@@ -174,10 +175,14 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
   __syncthreads();
   if (active) {
     multiply_weights<T, D, kPitch>(stage, region_c, region_b, window_slot, lane);
-    fence_stores();
+    window::publish_to_copies();
     __syncwarp();
     const bool has_input = u_x >= 0 && u_y >= 0 && u_x < args.width_in && u_y < args.height_in;
-    if (lane == 0 && has_input) store_tile(&maps.grad_input, stage, group * D, u_x, u_y, n);
+    if (lane == 0 && has_input) {
+      window::store_box(maps.grad_input, stage, group * D, u_x, u_y, n);
+      window::store_commit();
+      window::store_wait_read();
+    }
   }
 #endif
 }

@@ -46,8 +46,8 @@ __device__ __forceinline__ void multiply_cells(uint32_t products, uint32_t input
         HalfTraits<T>::mma(c, a[k], b[at / 4][at % 4], b[at / 4][at % 4 + 1]);
       }
       const uint32_t at = to + 4 * (cell + 8 * i);
-      store_pair(at, __float_as_uint(c[0]), __float_as_uint(c[1]));
-      store_pair(at + 8 * Shape::kRow, __float_as_uint(c[2]), __float_as_uint(c[3]));
+      window::store_shared8(at, __float_as_uint(c[0]), __float_as_uint(c[1]));
+      window::store_shared8(at + 8 * Shape::kRow, __float_as_uint(c[2]), __float_as_uint(c[3]));
     }
   }
 }
@@ -100,7 +100,8 @@ __device__ __forceinline__ void build_weights(const WideSample (&samples)[kRound
   for (int tap = 0; tap < 9; ++tap) {
     const ParityCorner<SIDE> corner(records + tap * kRecordBytes, odd_x, odd_y);
     const uint32_t cell = row + 2 * (corner.x + corner.y * SIDE);
-    store_half(cell, HalfTraits<T>::pack(HalfTraits<T>::low(load_half(cell)) + corner.weight, 0.f));
+    const float before = HalfTraits<T>::low(window::load_shared2(cell));
+    window::store_shared2(cell, HalfTraits<T>::pack(before + corner.weight, 0.f));
   }
 }
 
@@ -143,9 +144,10 @@ __device__ __forceinline__ void add_to_input_gradient(
 #pragma unroll
     for (int pair = 0; pair < Shape::kTilesN; pair += 2) {
       const auto &left = c[m][pair], &right = c[m][pair + 1];
-      store_matrices(stage + tile_offset<D>(cell + 16 * m + 8 * high + (lane & 7), piece + pair + low),
-                     HalfTraits<T>::pack(left[0], left[1]), HalfTraits<T>::pack(right[0], right[1]),
-                     HalfTraits<T>::pack(left[2], left[3]), HalfTraits<T>::pack(right[2], right[3]));
+      window::store_matrices<4>(
+          stage + tile_offset<D>(cell + 16 * m + 8 * high + (lane & 7), piece + pair + low),
+          {HalfTraits<T>::pack(left[0], left[1]), HalfTraits<T>::pack(right[0], right[1]),
+           HalfTraits<T>::pack(left[2], left[3]), HalfTraits<T>::pack(right[2], right[3])});
     }
   }
   __syncwarp();
@@ -280,7 +282,7 @@ __global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks)
   const uint32_t flags = memory + WideShape<D, SIDE>::kShared - 8 * kWideWarps;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t windows = static_cast<uint32_t>(Window::count(args)), step = gridDim.x;
-  wait_for_previous_kernel();
+  window::wait_for_previous_kernel();
   // Every thread looks at one of the block's windows. On a small map the warps gather where few samples are far, a unit
   // at a time; then the block takes the windows with many.
   for (uint32_t first = blockIdx.x; first < windows; first += step * kWideThreads) {
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks)
     const Need need = mine < windows ? need_of<SIDE, WHOLE>(args, mine) : Need::kNothing;
     const unsigned dense = __ballot_sync(window::kAllLanes, need == Need::kProducts);
     const unsigned sparse = __ballot_sync(window::kAllLanes, need == Need::kGather);
-    if (lane == 0) store_pair(flags + 8 * warp, dense, sparse);
+    if (lane == 0) window::store_shared8(flags + 8 * warp, dense, sparse);
     __syncthreads();
     if constexpr (WHOLE) {
       gather_windows<T, D, SIDE>(args, first, flags, reinterpret_cast<uint16_t*>(wide_shared) + warp * kUnitSamples);

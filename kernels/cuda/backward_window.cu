@@ -4,10 +4,8 @@
 namespace dcngen {
 namespace {
 
-bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// The bulk copy engine needs a device and code of sm_90, a tile its shared memory. All devices of a machine are taken to
-// be alike.
+// The bulk copy engine needs a device and code of sm_90, a tile its shared memory. All devices of a machine are taken
+// to be alike.
 bool device_fits(const Params& p) {
   static const int available = [] {
     int device = 0, bytes = 0;
@@ -24,14 +22,12 @@ bool device_fits(const Params& p) {
 
 bool backward_window_applies(const Params& p) {
   const int vector = p.dtype == DCNGEN_FLOAT32 ? 4 : 8;  // elements in 16 bytes
-  const bool plain_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
-                         p.dilation_h == 1 && p.dilation_w == 1 && !p.remove_center && !p.softmax;
   const bool width = p.group_channels == 16 || p.group_channels == 32 || p.group_channels == 64;
   const bool vectors = p.input_pixel_stride % vector == 0 && p.offset_mask_pixel_stride % vector == 0 &&
                        p.output_pixel_stride % vector == 0 && p.grad_input_pixel_stride % vector == 0 &&
                        p.grad_offset_mask_pixel_stride % vector == 0;
   const bool outputs = p.height_out > 0 && p.width_out > 0;  // the copy engine knows no empty tensor
-  if (!plain_3x3 || !width || !vectors || !outputs) return false;
+  if (!plain_3x3(p) || !width || !vectors || !outputs) return false;
   return backward::count_blocks(p, backward::choose_tile(p)) < int64_t{1} << 30 && device_fits(p);
 }
 

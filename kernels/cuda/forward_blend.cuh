@@ -1,4 +1,4 @@
-// Sums of corners for the gather kernel, in the arithmetic of each storage type.
+// Sums of corners wherever samples are gathered, in the arithmetic of each storage type.
 #pragma once
 
 #include "forward_far.cuh"

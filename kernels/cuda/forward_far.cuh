@@ -46,6 +46,12 @@ struct Corners {
     const uint32_t pixel = static_cast<uint32_t>(top) * c.width_in + static_cast<uint32_t>(left);
     first = counts ? pixel * c.stride_pieces : 0;
   }
+  // Their 16 bytes of the channels that `image` points to.
+  __device__ __forceinline__ void load(uint4 (&v)[4], const FarContext& c, const uint4* image) const {
+    const uint4* from = image + first;
+    v[0] = load_global16(from), v[1] = load_global16(from + c.pixel_pieces);
+    v[2] = load_global16(from + c.row_pieces), v[3] = load_global16(from + c.row_pieces + c.pixel_pieces);
+  }
 
  private:
   // The first of two neighbours inside [0, size) and their weights at coordinate `at`.
@@ -57,14 +63,6 @@ struct Corners {
     return left;
   }
 };
-
-// The place of tap k of output pixel (x, y), given its offset.
-__device__ __forceinline__ float place_x(const FarContext& c, int x, int k, float offset) {
-  return static_cast<float>(x + 1 - c.pad_w) + c.scale * (static_cast<float>(k / 3 - 1) + offset);
-}
-__device__ __forceinline__ float place_y(const FarContext& c, int y, int k, float offset) {
-  return static_cast<float>(y + 1 - c.pad_h) + c.scale * (static_cast<float>(k % 3 - 1) + offset);
-}
 
 // Whether a warp leaves its pixels to the gather kernel is written where its result would begin: a NaN that no
 // arithmetic yields, since rounding a NaN to a storage type and every fp32 operation give the canonical one.
@@ -85,10 +83,19 @@ __device__ __forceinline__ float load_value(uint32_t from) {
   if constexpr (sizeof(T) == 4) {
     return __uint_as_float(load_shared(from));
   } else {
-    uint16_t v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
-    return Dtype<T>::low(v);
+    return Dtype<T>::low(load_shared2(from));
   }
+}
+
+// The corners of tap k of output pixel (x, y), whose offsets and masks begin at `values` in shared memory.
+template <typename T>
+__device__ __forceinline__ Corners corners_of_tap(const FarContext& c, int x, int y, int k, uint32_t values) {
+  constexpr int VALUE = sizeof(T);
+  const float offset_x = load_value<T>(values + 2 * k * VALUE);
+  const float offset_y = load_value<T>(values + (2 * k + 1) * VALUE);
+  const float place_x = static_cast<float>(x + 1 - c.pad_w) + c.scale * (static_cast<float>(k / 3 - 1) + offset_x);
+  const float place_y = static_cast<float>(y + 1 - c.pad_h) + c.scale * (static_cast<float>(k % 3 - 1) + offset_y);
+  return Corners(c, place_x, place_y, load_value<T>(values + (2 * kTaps + k) * VALUE));
 }
 
 // Few far samples of a task: up to kMostFar records a unit. A record has 16 bytes: weights of the corners as two words,
@@ -97,10 +104,10 @@ struct FarRecords {
   static constexpr int UNIT_BYTES = kMostFar * 16, BYTES = 2 * UNIT_BYTES;
 
   // Lane l owns pair l of the task, `far` has its far taps. The samples are listed first, so that a lane computes one
-  // sample however they lie. place(row, tap, &x, &y, &mask) gives a sample of the lane's own unit.
-  template <typename T, typename Place>
-  static __device__ __forceinline__ void store(uint32_t records, const FarContext& c, unsigned far, int count, int lane,
-                                               Place place) {
+  // sample however they lie. corners_of(row, tap) gives those of a sample of the lane's own unit.
+  template <typename T, typename CornersOf>
+  static __device__ __forceinline__ void store(uint32_t records, unsigned far, int count, int lane,
+                                               CornersOf corners_of) {
     const uint32_t own = records + (lane >> 4) * UNIT_BYTES;
     const int row = lane & 15;
     int before = __popc(far);
@@ -116,9 +123,7 @@ struct FarRecords {
     for (int slot = row; slot < kMostFar; slot += 16) {
       if (slot >= count) break;
       const int sample = static_cast<int>(load_shared(own + slot * 16 + 12));
-      float x, y, mask;
-      place(sample >> 4, sample & 15, x, y, mask);
-      const Corners corners(c, x, y, mask);
+      const Corners corners = corners_of(sample >> 4, sample & 15);
       store_shared(own + slot * 16, Dtype<T>::pack(corners.weight[0], corners.weight[1]));
       store_shared(own + slot * 16 + 4, Dtype<T>::pack(corners.weight[2], corners.weight[3]));
       store_shared(own + slot * 16 + 8, corners.first);

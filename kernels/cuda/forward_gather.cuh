@@ -5,21 +5,21 @@
 // once and shared by the lanes of its group. A unit that the first kernel did not leave costs one read of the output.
 #pragma once
 
-#include "forward_bulk.cuh"
+#include "forward_problem.cuh"
 #include "forward_samples.cuh"
 
 namespace dcngen::window {
 
-struct ForwardGather {
-  const void* input;
-  const void* offset_mask;
-  void* output;
+constexpr int kStripUnits = 8;
+
+struct ForwardGather : ForwardProblem {
   int64_t image_bytes, image_taps_bytes, image_output_bytes;
   uint32_t pixel_taps_bytes, pixel_output_bytes;  // from pixel to pixel
-  int height_out, width_out, slices, offset_mask_bytes;
   uint32_t units;
   GatherContext far;
-  FastDivide slices_per_group, chunks, strip, units_y, strips;
+  FastDivide strip, units_y, strips;
+
+  ForwardGather(const ForwardArgs& args, int slice_channels, int unit_channels, int unit_w, int unit_h);
 };
 
 // A unit is UNIT_W x 16 / UNIT_W pixels and SLICES slices of CHANNELS channels, as the first kernel's warps have them.
@@ -48,7 +48,6 @@ struct GatherShape {
 struct GatherUnit {
   int chunk, x0, y0, image;
 };
-constexpr int kStripUnits = 8;
 template <typename Shape>
 __device__ __forceinline__ GatherUnit locate_unit(const ForwardGather& p, uint32_t rest) {
   GatherUnit unit;
@@ -218,11 +217,11 @@ __device__ __forceinline__ int take_unit(LeftUnits& units, int lane) {
 // one by one, so that none waits for another with more to do.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::THREADS, 1) forward_gather_kernel(const __grid_constant__ ForwardGather p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
+  extern __shared__ __align__(128) unsigned char gather_memory[];
   __shared__ LeftUnits units;
   using Mark = LeftMark<T>;
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  const uint32_t own = smem_address(shared_memory) + warp * Shape::WARP_BYTES;
+  const uint32_t own = smem_address(gather_memory) + warp * Shape::WARP_BYTES;
   // A thread's units: one of every `step`. Where the mark stands is worked out ahead of the wait.
   const uint32_t step = gridDim.x * blockDim.x;
   uint32_t number = (blockIdx.x + gridDim.x * warp) * 32 + lane;
@@ -248,11 +247,21 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) forward_gather_kernel(const
   }
 }
 
-// Multiprocessors of the current device and the shared memory that a block may have; forward_window.cu.
-struct DeviceLimits {
-  int multiprocessors, shared_bytes;
-};
-DeviceLimits device_limits();
+inline ForwardGather::ForwardGather(const ForwardArgs& args, int slice_channels, int unit_channels, int unit_w,
+                                    int unit_h)
+    : ForwardProblem(args, slice_channels, unit_channels), far(args.p), units_y(divide_up(height_out, unit_h)) {
+  const Params& p = args.p;
+  const int64_t value = value_bytes(p);
+  image_bytes = p.height_in * p.width_in * p.input_pixel_stride * value;
+  image_taps_bytes = p.height_out * p.width_out * p.offset_mask_pixel_stride * value;
+  image_output_bytes = p.height_out * p.width_out * p.output_pixel_stride * value;
+  pixel_taps_bytes = static_cast<uint32_t>(p.offset_mask_pixel_stride * value);
+  pixel_output_bytes = static_cast<uint32_t>(p.output_pixel_stride * value);
+  const int units_x = divide_up(width_out, unit_w);
+  strips = FastDivide(divide_up(units_x, kStripUnits));
+  strip = FastDivide(divide_up(units_x, static_cast<int>(strips.divisor)));
+  units = static_cast<uint32_t>(p.batch * chunks.divisor * strips.divisor * strip.divisor * units_y.divisor);
+}
 
 template <typename T, typename Shape>
 cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
@@ -262,35 +271,8 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   if constexpr (Shape::PAIR_LANES >= 4 && !Shape::SKIP) {
     if (p.height_in * p.width_in <= 200) return launch_gather<T, typename Shape::Skipping>(args, stream);
   }
-  ForwardGather gather;
-  gather.input = args.input;
-  gather.offset_mask = args.offset_mask;
-  gather.output = args.output;
-  constexpr int64_t VALUE = sizeof(T);
-  gather.image_bytes = int64_t{p.height_in} * p.width_in * p.input_pixel_stride * VALUE;
-  gather.image_taps_bytes = int64_t{p.height_out} * p.width_out * p.offset_mask_pixel_stride * VALUE;
-  gather.image_output_bytes = int64_t{p.height_out} * p.width_out * p.output_pixel_stride * VALUE;
-  gather.pixel_taps_bytes = static_cast<uint32_t>(p.offset_mask_pixel_stride * VALUE);
-  gather.pixel_output_bytes = static_cast<uint32_t>(p.output_pixel_stride * VALUE);
-  gather.height_out = static_cast<int>(p.height_out);
-  gather.width_out = static_cast<int>(p.width_out);
-  const int channels = p.groups * p.group_channels, unit_channels = Shape::CHANNELS * Shape::SLICES;
-  gather.slices = channels / Shape::CHANNELS;
-  gather.offset_mask_bytes = p.offset_mask_channels * static_cast<int>(sizeof(T));
-  const int chunks = (channels + unit_channels - 1) / unit_channels;
-  const int units_x = (gather.width_out + Shape::UNIT_W - 1) / Shape::UNIT_W;
-  const int units_y = (gather.height_out + Shape::UNIT_H - 1) / Shape::UNIT_H;
-  const int strips = (units_x + kStripUnits - 1) / kStripUnits, strip = (units_x + strips - 1) / strips;
-  gather.units = static_cast<uint32_t>(p.batch * chunks * strips * strip * units_y);
-  gather.far = GatherContext(p);
-  gather.slices_per_group = FastDivide(p.group_channels / Shape::CHANNELS);
-  gather.chunks = FastDivide(chunks);
-  gather.strip = FastDivide(strip);
-  gather.units_y = FastDivide(units_y);
-  gather.strips = FastDivide(strips);
-
+  const ForwardGather gather(args, Shape::CHANNELS, Shape::CHANNELS * Shape::SLICES, Shape::UNIT_W, Shape::UNIT_H);
   const auto kernel = forward_gather_kernel<T, Shape>;
-  const DeviceLimits limits = device_limits();
   constexpr int kBytes = Shape::WARPS * Shape::WARP_BYTES;
   static OncePerDevice prepared;
   const cudaError_t error = prepared.run([&] {
@@ -301,7 +283,7 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   });
   if (error != cudaSuccess) return error;
-  const int64_t spans = (gather.units + 31) / 32, most = limits.multiprocessors;
+  const int64_t spans = (gather.units + 31) / 32, most = multiprocessors();
   return launch(kernel, spans < most ? spans : most, Shape::THREADS, kBytes, stream, bulk_copies(), gather);
 }
 

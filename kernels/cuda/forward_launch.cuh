@@ -10,54 +10,26 @@ template <typename Shape>
 cudaError_t encode_maps(ForwardWindow& window, const Params& p) {
   using Tile = typename Shape::Tile;
   const cudaError_t error =
-      encode_box_map(window.input_map, window.input, p.batch, p.height_in, p.width_in, window.channels,
-                     p.input_pixel_stride, {kTileChannels, Tile::COLUMNS, Tile::ROWS, true});
+      encode_box_map(window.input_map, input_pixels(p, window.input, window.channels, p.input_pixel_stride),
+                     {kTileChannels, Tile::COLUMNS, Tile::ROWS, true});
   if (error != cudaSuccess) return error;
-  return encode_box_map(window.taps_map, window.offset_mask, p.batch, p.height_out, p.width_out,
-                        p.offset_mask_channels, p.offset_mask_pixel_stride,
-                        {Shape::Span::PITCH / 2, 4, 4, false});
+  return encode_box_map(
+      window.taps_map, output_pixels(p, window.offset_mask, p.offset_mask_channels, p.offset_mask_pixel_stride),
+      {Shape::Span::PITCH / 2, 4, 4, false});
 }
 
 template <typename T, typename Shape>
 cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   const Params& p = args.p;
-  ForwardWindow window;
-  window.input = args.input;
-  window.offset_mask = args.offset_mask;
-  window.output = args.output;
-  window.input_stride = p.input_pixel_stride;
-  window.offset_mask_stride = p.offset_mask_pixel_stride;
-  window.output_stride = p.output_pixel_stride;
-  window.height_in = static_cast<int>(p.height_in);
-  window.width_in = static_cast<int>(p.width_in);
-  window.height_out = static_cast<int>(p.height_out);
-  window.width_out = static_cast<int>(p.width_out);
-  window.pad_h = p.pad_h;
-  window.pad_w = p.pad_w;
-  window.channels = p.groups * p.group_channels;
-  window.slices = window.channels / Shape::CHANNELS;
-  window.offset_mask_bytes = p.offset_mask_channels * 2;
-  window.scale = OffsetScale(p.offset_scale);
-  window.far = FarContext(p);
-  const int tiles_x = (window.width_out + Shape::TILE_W - 1) / Shape::TILE_W;
-  const int tiles_y = (window.height_out + Shape::TILE_H - 1) / Shape::TILE_H;
-  const int chunks = (window.channels + kTileChannels - 1) / kTileChannels;
-  window.slices_per_group = FastDivide(p.group_channels / Shape::CHANNELS);
-  window.chunks = FastDivide(chunks);
-  window.tiles_x = FastDivide(tiles_x);
-  window.tiles_y = FastDivide(tiles_y);
+  ForwardWindow window(args, Shape::CHANNELS, kTileChannels);
   if (Shape::BULK) {
     const cudaError_t error = encode_maps<Shape>(window, p);
     if (error != cudaSuccess) return error;
   }
-  const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
+  const int64_t blocks = window.blocks(p.batch);
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  const auto kernel = forward_window_kernel<T, Shape>;
-  static OncePerDevice prepared;
-  cudaError_t error = prepared.run(
-      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES); });
-  if (error != cudaSuccess) return error;
-  error = launch(kernel, blocks, Shape::THREADS, Shape::BYTES, stream, Shape::BULK, window);
+  const cudaError_t error = launch_with_memory<forward_window_kernel<T, Shape>>(blocks, Shape::THREADS, Shape::BYTES,
+                                                                                stream, Shape::BULK, window);
   if (error != cudaSuccess) return error;
   return launch_gather<T, GatherShape<T, Shape::CHANNELS, Shape::WARP_SLICES, 4>>(args, stream);
 }

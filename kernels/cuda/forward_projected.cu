@@ -1,6 +1,4 @@
 // Whether the projected forward applies to a call and its device, and its launch.
-#include <atomic>
-
 #include "launch.h"
 
 namespace dcngen {
@@ -16,18 +14,15 @@ namespace {
 
 // Machine code for sm_90a runs on compute capability 9.0 alone.
 bool device_is_sm_90() {
-  constexpr int kDevices = 64;
-  static std::atomic<signed char> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (device < kDevices && known[device] != 0) return known[device] == 2;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    return false;
-  }
-  const bool yes = major == 9 && minor == 0;
-  if (device < kDevices) known[device] = yes ? 2 : 1;
-  return yes;
+  static NumberPerDevice known;  // 1: no, 2: yes
+  return known.get([](int device) {
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+      return 0;
+    }
+    return major == 9 && minor == 0 ? 2 : 1;
+  }) == 2;
 }
 
 bool fits(const Params& p) {
@@ -44,7 +39,7 @@ bool forward_projected_applies(const Params& p) { return fits(p) && device_is_sm
 cudaError_t forward_projected(const ProjectedArgs& args, cudaStream_t stream) {
   const void* const pointers[] = {args.input, args.offset_mask, args.weight, args.output, args.projected};
   for (const void* pointer : pointers) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return cudaErrorMisalignedAddress;
+    if (!aligned16(pointer)) return cudaErrorMisalignedAddress;
   }
   if (!forward_projected_applies(args.p)) return cudaErrorNotSupported;
   return args.p.dtype == DCNGEN_FLOAT16 ? window::forward_projected_fp16(args, stream)

@@ -6,51 +6,37 @@
 
 namespace dcngen::window {
 
-template <typename T, typename Shape>
-cudaError_t launch_projected(const ProjectedArgs& args, cudaStream_t stream) {
+template <typename Shape>
+cudaError_t encode_maps(ForwardProjected& projected, const ProjectedArgs& args) {
   using Tile = typename Shape::Tile;
   const Params& p = args.p;
-  const int64_t channels = int64_t{p.groups} * p.group_channels;
-  ForwardProjected projected;
-  projected.input = args.input;
-  projected.bias = args.bias;
-  projected.image_bytes = p.height_in * p.width_in * p.input_pixel_stride * 2;
-  projected.scale = OffsetScale(p.offset_scale);
-  projected.far = FarContext(p);
-  projected.pad_h = p.pad_h;
-  projected.pad_w = p.pad_w;
-  const int64_t tiles_x = (p.width_out + 7) / 8, tiles_y = (p.height_out + 7) / 8, tiles = p.batch * tiles_x * tiles_y;
-  projected.tiles_x = FastDivide(static_cast<uint32_t>(tiles_x));
-  projected.tiles_y = FastDivide(static_cast<uint32_t>(tiles_y));
-  projected.tiles = static_cast<int>(tiles);
-  const BoxShape result{64, 4, 4, true};
-  cudaError_t error = encode_box_map(projected.input_map, args.input, p.batch, p.height_in, p.width_in, channels,
-                                     p.input_pixel_stride, {64, Tile::COLUMNS, Tile::ROWS, true});
+  constexpr int64_t kChannels = kProjectedChannels;
+  constexpr Box kResult{64, 4, 4, true};
+  cudaError_t error = encode_box_map(projected.input_map, input_pixels(p, args.input, kChannels, p.input_pixel_stride),
+                                     {64, Tile::COLUMNS, Tile::ROWS, true});
   if (error != cudaSuccess) return error;
-  error = encode_box_map(projected.taps_map, args.offset_mask, p.batch, p.height_out, p.width_out,
-                         p.offset_mask_channels, p.offset_mask_pixel_stride, {Shape::TAPS_PITCH / 2, 4, 4, false});
+  error = encode_box_map(projected.taps_map,
+                         output_pixels(p, args.offset_mask, p.offset_mask_channels, p.offset_mask_pixel_stride),
+                         {Shape::TAPS_PITCH / 2, 4, 4, false});
   if (error != cudaSuccess) return error;
-  error = encode_box_map(projected.weight_map, args.weight, 1, 1, channels, channels, channels,
+  // The weight's rows are the pixels of one row of a picture.
+  error = encode_box_map(projected.weight_map, {args.weight, value_bytes(p), 1, 1, kChannels, kChannels, kChannels},
                          {64, kProjectedChannels, 1, true});
   if (error != cudaSuccess) return error;
-  error = encode_box_map(projected.projected_map, args.projected, p.batch, p.height_out, p.width_out, channels,
-                         channels, result);
-  if (error != cudaSuccess) return error;
-  projected.output_map = projected.projected_map;
-  if (Shape::OUTPUT) {
-    error = encode_box_map(projected.output_map, args.output, p.batch, p.height_out, p.width_out, channels,
-                           p.output_pixel_stride, result);
-    if (error != cudaSuccess) return error;
-  }
+  error = encode_box_map(projected.projected_map, output_pixels(p, args.projected, kChannels, kChannels), kResult);
+  if (error != cudaSuccess || !Shape::OUTPUT) return error;
+  return encode_box_map(projected.output_map, output_pixels(p, args.output, kChannels, p.output_pixel_stride), kResult);
+}
 
-  const auto kernel = forward_projected_kernel<T, Shape>;
-  static OncePerDevice prepared;
-  error = prepared.run(
-      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::BYTES); });
+template <typename T, typename Shape>
+cudaError_t launch_projected(const ProjectedArgs& args, cudaStream_t stream) {
+  ForwardProjected projected(args);
+  const cudaError_t error = encode_maps<Shape>(projected, args);
   if (error != cudaSuccess) return error;
-  const int64_t most = device_limits().multiprocessors;
-  const int64_t needed = (tiles + Shape::WARPGROUPS - 1) / Shape::WARPGROUPS;
-  return launch(kernel, needed < most ? needed : most, Shape::THREADS, Shape::BYTES, stream, true, projected);
+  const int64_t most = multiprocessors();
+  const int64_t needed = divide_up(projected.tiles, Shape::WARPGROUPS);
+  return launch_with_memory<forward_projected_kernel<T, Shape>>(needed < most ? needed : most, Shape::THREADS,
+                                                                Shape::BYTES, stream, true, projected);
 }
 
 template <typename T>

@@ -1,12 +1,8 @@
 // Whether the window forward applies, and its launch.
-#include <atomic>
-
 #include "forward_launch.cuh"
 
 namespace dcngen {
 namespace {
-
-bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // How many blocks a launch needs at most: tiles of 8x8 pixels x 32 channels.
 int64_t most_blocks(const Params& p) {
@@ -16,26 +12,16 @@ int64_t most_blocks(const Params& p) {
 
 }  // namespace
 
-window::DeviceLimits window::device_limits() {
-  constexpr int kDevices = 64;
-  static std::atomic<uint64_t> known[kDevices];  // 0: not asked yet; shared memory in the upper half
-  int device = 0, count = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {1, 48 * 1024};
-  uint64_t both = device < kDevices ? known[device].load() : 0;
-  if (both == 0) {
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-      return {1, 48 * 1024};
-    }
-    both = static_cast<uint64_t>(bytes) << 32 | static_cast<uint32_t>(count);
-    if (device < kDevices) known[device] = both;
-  }
-  return {static_cast<int>(both & 0xffffffffu), static_cast<int>(both >> 32)};
+int window::multiprocessors() {
+  static NumberPerDevice known;
+  const int number = known.get([](int device) {
+    int count = 0;
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+  });
+  return number > 0 ? number : 1;
 }
 
 bool forward_window_applies(const Params& p) {
-  const bool plain_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
-                         p.dilation_h == 1 && p.dilation_w == 1 && !p.remove_center && !p.softmax;
   // 16-byte accesses; all groups' offsets and masks lie in whole 16-byte pieces of a pixel.
   const int values = p.dtype == DCNGEN_FLOAT32 ? 4 : 8;
   const bool vectors = p.group_channels % 8 == 0 && p.input_pixel_stride % values == 0 &&
@@ -48,7 +34,7 @@ bool forward_window_applies(const Params& p) {
                            p.height_in <= kMost && p.width_in <= kMost && p.offset_mask_pixel_stride < kMostStride &&
                            p.output_pixel_stride < kMostStride && p.input_pixel_stride < kMostStride;
   // A block is at most four units of the gather kernel, which numbers up to an eighth more than there are.
-  return plain_3x3 && vectors && addressable && 5 * most_blocks(p) < int64_t{1} << 31;
+  return plain_3x3(p) && vectors && addressable && 5 * most_blocks(p) < int64_t{1} << 31;
 }
 
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream) {

@@ -6,33 +6,23 @@
 // columns of its products, else its pixels are left to the gather kernel, which is launched after this one.
 #pragma once
 
-#include "forward_bulk.cuh"
-#include "forward_far.cuh"
+#include "copy_engine.cuh"
+#include "forward_problem.cuh"
 #include "window.cuh"
 
 namespace dcngen::window {
 
-// What the kernel needs of ForwardArgs. A "slice" is CHANNELS consecutive channels of one group: a whole group, or a
-// part of a group too wide for the tile. Slices are numbered by channel: slice v begins at channel v * CHANNELS.
-struct ForwardWindow {
+struct ForwardWindow : ForwardTiles {
   CUtensorMap input_map, taps_map;  // of the copy engine; not set where it does not exist
-  const void* input;
-  const void* offset_mask;
-  void* output;
-  int64_t input_stride, offset_mask_stride, output_stride;  // elements from pixel to pixel
-  int height_in, width_in, height_out, width_out, pad_h, pad_w;
-  int slices, channels, offset_mask_bytes;
-  OffsetScale scale;
-  FarContext far;
-  FastDivide slices_per_group, chunks, tiles_x, tiles_y;
+  using ForwardTiles::ForwardTiles;
 };
 
 // BULK: tiles come by the copy engine of sm_90, else by the threads.
 template <int CHANNELS_, bool BULK_>
 struct ForwardShape {
   static constexpr bool BULK = BULK_;
-  static constexpr int CHANNELS = CHANNELS_;                    // channels of a slice
-  static constexpr int TILE_H = 8, TILE_W = 8;                  // output pixels of a block
+  static constexpr int CHANNELS = CHANNELS_;  // of a slice
+  static constexpr int TILE_H = TileGrid::SIDE, TILE_W = TILE_H;
   static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
   static constexpr int PIXEL_BLOCKS = TILE_H / 4 * BLOCKS_X;
   static constexpr int SLICES = kTileChannels / CHANNELS;       // slices of a block
@@ -71,25 +61,6 @@ struct ForwardShape {
     return (m * PASS_CHUNKS + (chunk ^ (m * PASS_CHUNKS / 8 % PASS_CHUNKS))) * 16;
   }
 };
-
-// Where a thread's block lies, and a pixel of it in the output.
-struct OutputTile {
-  int chunk, x0, y0, image;
-  __device__ __forceinline__ int pixel(const ForwardWindow& p, int y, int x) const {
-    return y0 + y < p.height_out && x0 + x < p.width_out ? (y0 + y) * p.width_out + x0 + x : -1;
-  }
-};
-
-template <typename Shape>
-__device__ __forceinline__ OutputTile locate_tile(const ForwardWindow& p) {
-  uint32_t rest = blockIdx.x;
-  OutputTile tile;
-  tile.chunk = static_cast<int>(p.chunks.split(rest));
-  tile.x0 = static_cast<int>(p.tiles_x.split(rest)) * Shape::TILE_W;
-  tile.y0 = static_cast<int>(p.tiles_y.split(rest)) * Shape::TILE_H;
-  tile.image = static_cast<int>(rest);
-  return tile;
-}
 
 // sums[j][..] += S * window for the CHUNKS chunks of 8 channels from `chunk` on; `corner` is window pixel (0, 0).
 template <typename Tile, typename T, int CHUNKS>
@@ -164,12 +135,12 @@ __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const Outpu
       barrier_expect(of_warp, Shape::WARP_PIXEL_BLOCKS * Shape::TAPS_BYTES);
 #pragma unroll
       for (int i = 0; i < Shape::WARP_PIXEL_BLOCKS; ++i) {
-        copy_box(own + i * Shape::TAPS_BYTES, p.taps_map, first_value, at.x0 + Shape::block_x(first_block + i),
+        load_box(own + i * Shape::TAPS_BYTES, p.taps_map, first_value, at.x0 + Shape::block_x(first_block + i),
                  at.y0 + Shape::block_y(first_block + i), at.image, of_warp);
       }
       if (thread == 0) {
         barrier_expect(barriers, Tile::BYTES);
-        copy_box(tile, p.input_map, at.chunk * kTileChannels, x0, y0, at.image, barriers);
+        load_box(tile, p.input_map, at.chunk * kTileChannels, x0, y0, at.image, barriers);
       }
     }
     __syncthreads();
@@ -189,7 +160,7 @@ __device__ __forceinline__ void begin_copies(const ForwardWindow& p, const Outpu
 template <typename Shape>
 __device__ __forceinline__ void wait_for_taps(uint32_t tile, int warp) {
   if constexpr (Shape::BULK) {
-    barrier_wait(tile + Shape::BARRIERS_AT + 8 + warp * 8);
+    barrier_wait(tile + Shape::BARRIERS_AT + 8 + warp * 8, 0);
   } else {
     copy_wait<1>();
     __syncwarp();
@@ -198,7 +169,7 @@ __device__ __forceinline__ void wait_for_taps(uint32_t tile, int warp) {
 template <typename Shape>
 __device__ __forceinline__ void wait_for_input(uint32_t tile) {
   if constexpr (Shape::BULK) {
-    barrier_wait(tile + Shape::BARRIERS_AT);
+    barrier_wait(tile + Shape::BARRIERS_AT, 0);
   } else {
     copy_wait<0>();
     __syncthreads();
@@ -207,11 +178,11 @@ __device__ __forceinline__ void wait_for_input(uint32_t tile) {
 
 template <typename T, typename Shape>
 __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  extern __shared__ __align__(1024) unsigned char window_memory[];
   using Tile = typename Shape::Tile;
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
-  const uint32_t tile = smem_address(shared_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
-  const OutputTile at = locate_tile<Shape>(p);
+  const uint32_t tile = smem_address(window_memory), own = tile + Tile::BYTES + warp * Shape::WARP_BYTES;
+  const OutputTile at(p);
   let_next_kernel_begin();
   wait_for_previous_kernel();
 
@@ -280,15 +251,11 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   for (int task = 0; task < Shape::WARP_TASKS; ++task) {
     if (unit_far[task] == 0) continue;
     const uint32_t values = unit_values(task);
-    FarRecords::store<T>(own + Shape::RECORDS_AT + task * FarRecords::BYTES, p.far, far[task],
-                         static_cast<int>(unit_far[task] >> 16 * unit_of_lane & 0xffff), lane,
-                         [&](int row, int k, float& x, float& y, float& mask) {
-                           const uint32_t from = values + row * Shape::Span::PITCH;
-                           x = place_x(p.far, at.x0 + Shape::block_x(lane_block) + (row & 3), k,
-                                       load_value<T>(from + 4 * k));
-                           y = place_y(p.far, at.y0 + Shape::block_y(lane_block) + (row >> 2), k,
-                                       load_value<T>(from + 4 * k + 2));
-                           mask = load_value<T>(from + (2 * kTaps + k) * 2);
+    FarRecords::store<T>(own + Shape::RECORDS_AT + task * FarRecords::BYTES, far[task],
+                         static_cast<int>(unit_far[task] >> 16 * unit_of_lane & 0xffff), lane, [&](int row, int k) {
+                           return corners_of_tap<T>(p.far, at.x0 + Shape::block_x(lane_block) + (row & 3),
+                                                    at.y0 + Shape::block_y(lane_block) + (row >> 2), k,
+                                                    values + row * Shape::Span::PITCH);
                          });
   }
   __syncwarp();

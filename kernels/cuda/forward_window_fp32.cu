@@ -6,26 +6,15 @@
 // 5 x 8 pixels, and adds the far samples by a gather. A warp with many of them leaves its 16 pixels to the gather
 // kernel.
 #include "forward_gather.cuh"
+#include "forward_problem.cuh"
 
 namespace dcngen::window {
 namespace {
 
-constexpr int kTile = 8, kPixels = kTile * kTile, kQuads = kPixels / 4, kChannels = 32, kThreads = 128;
+constexpr int kTile = TileGrid::SIDE, kPixels = kTile * kTile, kQuads = kPixels / 4, kChannels = 32, kThreads = 128;
 constexpr int kQuadStencilBytes = 25 * 16;  // of four neighbouring pixels: weight k of pixel i is word 4 * k + i
 
-struct Problem {
-  const float* input;
-  const float* offset_mask;
-  float* output;
-  int64_t input_stride, offset_mask_stride, output_stride;  // values from pixel to pixel
-  int height_in, width_in, height_out, width_out, pad_h, pad_w;
-  int slices, channels, offset_mask_bytes;
-  OffsetScale scale;
-  FarContext far;
-  FastDivide slices_per_group, chunks, tiles_x, tiles_y;
-};
-
-// A slice is CHANNELS consecutive channels of one group; a block computes SLICES of them.
+// CHANNELS of a slice; a block computes SLICES of them.
 template <int CHANNELS_>
 struct Shape {
   static constexpr int CHANNELS = CHANNELS_, SLICES = kChannels / CHANNELS;
@@ -67,12 +56,9 @@ __device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Far
 #pragma unroll 1
   for (; far; far &= far - 1) {
     const int k = __ffs(far) - 1;
-    const Corners corners(c, place_x(c, x, k, load_value<float>(values + 8 * k)),
-                          place_y(c, y, k, load_value<float>(values + 8 * k + 4)),
-                          load_value<float>(values + (2 * kTaps + k) * 4));
-    const uint4* from = reinterpret_cast<const uint4*>(image) + corners.first;
-    const uint4 v[4] = {load_global16(from), load_global16(from + c.pixel_pieces), load_global16(from + c.row_pieces),
-                        load_global16(from + c.row_pieces + c.pixel_pieces)};
+    const Corners corners = corners_of_tap<float>(c, x, y, k, values);
+    uint4 v[4];
+    corners.load(v, c, reinterpret_cast<const uint4*>(image));
     uint32_t weights[4];
     Blend<float>::pack(weights, corners.weight);
     Blend<float>::add(sum, weights, v);
@@ -81,7 +67,7 @@ __device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Far
 
 // Whether more than kMostFar samples a slice of the warp's 16 pixels (two rows of the tile) are far, on average.
 template <typename S>
-__device__ __forceinline__ bool many_far(uint32_t far_at, const Problem& p, int first_slice, int y0, int x0,
+__device__ __forceinline__ bool many_far(uint32_t far_at, const ForwardTiles& p, int first_slice, int y0, int x0,
                                          int thread) {
   int count = 0;
 #pragma unroll
@@ -95,28 +81,28 @@ __device__ __forceinline__ bool many_far(uint32_t far_at, const Problem& p, int 
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(const __grid_constant__ Problem p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
+__global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(const __grid_constant__ ForwardTiles p) {
+  extern __shared__ __align__(128) unsigned char fp32_memory[];
   using Tile = typename S::Tile;
-  const uint32_t tile = smem_address(shared_memory);
+  const uint32_t tile = smem_address(fp32_memory);
   const int thread = static_cast<int>(threadIdx.x);
   let_next_kernel_begin();
   wait_for_previous_kernel();
-  uint32_t rest = blockIdx.x;
-  const int chunk = static_cast<int>(p.chunks.split(rest));
-  const int x0 = static_cast<int>(p.tiles_x.split(rest)) * kTile, y0 = static_cast<int>(p.tiles_y.split(rest)) * kTile;
-  const float* image = p.input + int64_t{rest} * p.height_in * p.width_in * p.input_stride;
-  const int64_t first_output = int64_t{rest} * p.height_out * p.width_out;
-  const float* image_taps = p.offset_mask + first_output * p.offset_mask_stride;
+  const OutputTile at(p);
+  const int chunk = at.chunk, x0 = at.x0, y0 = at.y0;
+  const float* image =
+      static_cast<const float*>(p.input) + int64_t{at.image} * p.height_in * p.width_in * p.input_stride;
+  const int64_t first_output = int64_t{at.image} * p.height_out * p.width_out;
+  const float* image_taps = static_cast<const float*>(p.offset_mask) + first_output * p.offset_mask_stride;
+  auto output_at = [&](int64_t pixel, int channel) {
+    return static_cast<float*>(p.output) + (first_output + pixel) * p.output_stride + channel;
+  };
 
   const int first_slice = chunk * S::SLICES;
   const int first_byte = S::Span::first_byte(static_cast<int>(p.slices_per_group.divide(first_slice)));
   copy_offset_mask<typename S::Span, kThreads>(
       tile + S::TAPS_AT, reinterpret_cast<const char*>(image_taps), p.offset_mask_stride * 4, first_byte,
-      p.offset_mask_bytes, kPixels, thread, [&](int q) {
-        const int y = y0 + q / kTile, x = x0 + q % kTile;
-        return y < p.height_out && x < p.width_out ? y * p.width_out + x : -1;
-      });
+      p.offset_mask_bytes, kPixels, thread, [&](int q) { return at.pixel(p, q / kTile, q % kTile); });
   copy_commit();
   Tile::template copy<kThreads>(tile, image, p.height_in, p.width_in, p.input_stride, y0 - p.pad_h - 1,
                                 x0 - p.pad_w - 1, chunk * kChannels, p.channels, thread);
@@ -142,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
   const int vector = thread % 8, quad = thread / 8, row = quad / 2, column = quad % 2 * 4;
   if (any_far && many_far<S>(tile + S::FAR_AT, p, first_slice, y0, x0, thread)) {
     const int64_t pixel = (y0 + thread / 32 * 2) * p.width_out + x0;  // exists, else nothing of the warp's does
-    float* to = p.output + (first_output + pixel) * p.output_stride + chunk * kChannels;
+    float* to = output_at(pixel, chunk * kChannels);
     if (thread % 32 == 0) *reinterpret_cast<LeftMark<float>::Word*>(to) = LeftMark<float>::VALUE;
     return;
   }
@@ -182,46 +168,18 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
       const uint32_t values = tile + S::TAPS_AT + (row * kTile + column + i) * S::Span::PITCH - first_byte;
       add_far(sum[i], far_of[i], p.far, values + group * kGroupValues * 4, image + channel, ox, oy);
     }
-    *reinterpret_cast<float4*>(p.output + (first_output + pixel) * p.output_stride + channel) =
+    *reinterpret_cast<float4*>(output_at(pixel, channel)) =
         make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
   }
 }
 
 template <typename S>
 cudaError_t launch(const ForwardArgs& args, cudaStream_t stream) {
-  const Params& p = args.p;
-  Problem problem;
-  problem.input = static_cast<const float*>(args.input);
-  problem.offset_mask = static_cast<const float*>(args.offset_mask);
-  problem.output = static_cast<float*>(args.output);
-  problem.input_stride = p.input_pixel_stride;
-  problem.offset_mask_stride = p.offset_mask_pixel_stride;
-  problem.output_stride = p.output_pixel_stride;
-  problem.height_in = static_cast<int>(p.height_in);
-  problem.width_in = static_cast<int>(p.width_in);
-  problem.height_out = static_cast<int>(p.height_out);
-  problem.width_out = static_cast<int>(p.width_out);
-  problem.pad_h = p.pad_h;
-  problem.pad_w = p.pad_w;
-  problem.channels = p.groups * p.group_channels;
-  problem.slices = problem.channels / S::CHANNELS;
-  problem.offset_mask_bytes = p.offset_mask_channels * 4;
-  problem.scale = OffsetScale(p.offset_scale);
-  problem.far = FarContext(p);
-  const int tiles_x = (problem.width_out + kTile - 1) / kTile, tiles_y = (problem.height_out + kTile - 1) / kTile;
-  const int chunks = (problem.channels + kChannels - 1) / kChannels;
-  problem.slices_per_group = FastDivide(p.group_channels / S::CHANNELS);
-  problem.chunks = FastDivide(chunks);
-  problem.tiles_x = FastDivide(tiles_x);
-  problem.tiles_y = FastDivide(tiles_y);
-  const int64_t blocks = p.batch * tiles_x * tiles_y * chunks;
+  const ForwardTiles problem(args, S::CHANNELS, kChannels);
+  const int64_t blocks = problem.blocks(args.p.batch);
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  const auto kernel = forward_fp32_kernel<S>;
-  static OncePerDevice prepared;
-  cudaError_t error = prepared.run(
-      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES); });
-  if (error != cudaSuccess) return error;
-  error = dcngen::launch(kernel, blocks, kThreads, S::BYTES, stream, bulk_copies(), problem);
+  const cudaError_t error =
+      launch_with_memory<forward_fp32_kernel<S>>(blocks, kThreads, S::BYTES, stream, bulk_copies(), problem);
   if (error != cudaSuccess) return error;
   return launch_gather<float, GatherShape<float, S::CHANNELS, S::SLICES, kTile>>(args, stream);
 }

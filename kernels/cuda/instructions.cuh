@@ -1,4 +1,5 @@
-// Types and single instructions: halves in pairs, asynchronous copies, 16-byte accesses, matrix fragments and products.
+// Types and single instructions: the order of kernels, halves in pairs, asynchronous copies, 16-byte accesses, matrix
+// fragments and products. Those of the copy engine are in copy_engine.cuh, of a warpgroup in warpgroup.cuh.
 // All shared-memory addresses are 32-bit shared-space addresses (smem_address).
 #pragma once
 
@@ -10,6 +11,22 @@
 namespace dcngen::window {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// --------------------------------------------------------------------------------------------------- order of kernels
+
+// For kernels that follow one another closely (launch in launch.h; nothing before sm_90). The next kernel's blocks may
+// take their places once all of this one's have theirs.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernel before this one in the stream has ended and its results can be read.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------- dtype traits
 
@@ -81,6 +98,11 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+__device__ __forceinline__ uint16_t load_shared2(uint32_t from) {
+  uint16_t v;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+  return v;
+}
 __device__ __forceinline__ uint32_t load_shared(uint32_t from) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
@@ -104,13 +126,15 @@ __device__ __forceinline__ uint4 load_global16(const void* from) {
 __device__ __forceinline__ void store_global16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+// The lower half of v.
+__device__ __forceinline__ void store_shared2(uint32_t to, uint32_t v) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(static_cast<uint16_t>(v)) : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
-__device__ __forceinline__ float2 load_shared8f(uint32_t from) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
-  return v;
+__device__ __forceinline__ void store_shared8(uint32_t to, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 __device__ __forceinline__ float4 load_shared16f(uint32_t from) {
   float4 v;
@@ -119,9 +143,6 @@ __device__ __forceinline__ float4 load_shared16f(uint32_t from) {
                : "r"(from)
                : "memory");
   return v;
-}
-__device__ __forceinline__ void store_shared16f(uint32_t to, float4 v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 __device__ __forceinline__ void store_shared16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
@@ -141,7 +162,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "memory");
 }
 
-// The other way for MATRICES = 1, 2 or 4 of them: register i of the fragments goes to matrix i.
+// The other way for MATRICES = 2 or 4 of them: register i of the fragments goes to matrix i.
 template <int MATRICES>
 __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)[MATRICES]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -149,10 +170,9 @@ __device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&r)
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
                  "r"(r[2]), "r"(r[3])
                  : "memory");
-  } else if constexpr (MATRICES == 2) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(r[0]), "r"(r[1]) : "memory");
   } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(row), "r"(r[0]) : "memory");
+    static_assert(MATRICES == 2, "");
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(r[0]), "r"(r[1]) : "memory");
   }
 #else
   const int lane = threadIdx.x & 31;

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
+
 #include "dcngen_kernels.h"
 
 namespace dcngen {
@@ -37,9 +40,9 @@ struct BackwardArgs {
   void* workspace;
 };
 
-// Launches a kernel and answers with this launch's own error. (cudaGetLastError after <<<>>> would also report, as ours,
-// what an earlier call left behind.) `after_previous`: the kernel begins with griddepcontrol.wait, so its blocks may
-// take their places on the device while the kernel before it in the stream ends.
+// Launches a kernel and answers with this launch's own error. (cudaGetLastError after <<<>>> would also report, as
+// ours, what an earlier call left behind.) `after_previous`: the kernel begins with griddepcontrol.wait, so its blocks
+// may take their places on the device while the kernel before it in the stream ends.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
                    bool after_previous, const Arguments&... arguments) {
@@ -56,7 +59,65 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-inline int taps(const Params& p) { return p.kernel_h * p.kernel_w - (p.remove_center ? 1 : 0); }
+// A number of every device that calls come from, asked for once. ask(device) answers 0 where it cannot tell: such a
+// call is made again.
+class NumberPerDevice {
+ public:
+  template <typename Ask>
+  int get(Ask ask) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (device >= kDevices) return ask(device);
+    int number = known_[device].load();
+    if (number == 0) known_[device] = number = ask(device);
+    return number;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> known_[kDevices] = {};
+};
+
+// Does something once for every device that calls come from; a call that failed is made again.
+class OncePerDevice {
+ public:
+  template <typename Function>
+  cudaError_t run(Function function) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (done_.load(std::memory_order_acquire) & bit) return cudaSuccess;
+    error = function();
+    if (error == cudaSuccess) done_.fetch_or(bit, std::memory_order_release);
+    return error;
+  }
+
+ private:
+  std::atomic<uint64_t> done_{0};
+};
+
+// Launches KERNEL, whose blocks always have so many bytes of shared memory: more than a block has unasked.
+template <auto KERNEL, typename... Arguments>
+cudaError_t launch_with_memory(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, bool after_previous,
+                               const Arguments&... arguments) {
+  static OncePerDevice prepared;
+  const cudaError_t error = prepared.run(
+      [&] { return cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes); });
+  if (error != cudaSuccess) return error;
+  return launch(KERNEL, blocks, threads, shared_bytes, stream, after_previous, arguments...);
+}
+
+inline int value_bytes(const Params& p) { return p.dtype == DCNGEN_FLOAT32 ? 4 : 2; }
+inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// What all window kernels are for: 3x3, stride 1, dilation 1, masks as they are.
+inline bool plain_3x3(const Params& p) {
+  return p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 &&
+         p.dilation_w == 1 && !p.remove_center && !p.softmax;
+}
+
+inline __host__ __device__ int taps(const Params& p) { return p.kernel_h * p.kernel_w - (p.remove_center ? 1 : 0); }
 
 // plain_*.cu: any shape, any dtype; a gather forward, a gather for offset and mask gradients, atomics for the input's.
 cudaError_t forward_plain(const ForwardArgs& args, cudaStream_t stream);
@@ -66,6 +127,8 @@ cudaError_t backward_plain(const BackwardArgs& args, cudaStream_t stream);
 namespace window {
 // Whether the code that runs on the current device was compiled for sm_90 or later; forward_window_fp16.cu.
 bool bulk_copies();
+// Of the current device; forward_window.cu.
+int multiprocessors();
 }  // namespace window
 
 // forward_window.cu / backward_window.cu: dense products over a bounded window (see kernels/README.md).

@@ -101,10 +101,6 @@ __device__ __forceinline__ void corner_weights(const Place& place, float (&w)[4]
   w[3] = place.ly * place.lx;
 }
 
-__device__ __forceinline__ int tap_count(const Params& p) {
-  return p.kernel_h * p.kernel_w - (p.remove_center ? 1 : 0);
-}
-
 __device__ __forceinline__ bool is_removed(const Params& p, int i, int j) {
   return p.remove_center && i == p.kernel_w / 2 && j == p.kernel_h / 2;
 }

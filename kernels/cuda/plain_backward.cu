@@ -63,7 +63,7 @@ __device__ TapGradient whole_tap_gradient(const Params& p, const Place& place, c
 template <typename T, int VEC, int LANES>
 __global__ void __launch_bounds__(kThreads) backward_offset_mask_kernel(const BackwardArgs args) {
   const Params& p = args.p;
-  const int count = tap_count(p), lane = threadIdx.x % LANES;
+  const int count = taps(p), lane = threadIdx.x % LANES;
   const int64_t total = p.batch * p.height_out * p.width_out * p.groups;
   const int64_t step = int64_t{gridDim.x} * (kThreads / LANES);
   const T* offset_mask = static_cast<const T*>(args.offset_mask);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) backward_offset_mask_kernel(const Ba
 template <typename T, int VEC, typename Add>
 __device__ __forceinline__ void scatter_pixel(const BackwardArgs& args, int64_t pixel, int channel, Add add) {
   const Params& p = args.p;
-  const int count = tap_count(p);
+  const int count = taps(p);
   const OutputPixel at = locate(p, pixel);
   const T* offsets = static_cast<const T*>(args.offset_mask) + pixel * p.offset_mask_pixel_stride +
                      3 * count * (channel / p.group_channels);

@@ -7,7 +7,7 @@ namespace {
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads, 4) forward_plain_kernel(const ForwardArgs args) {
   const Params& p = args.p;
-  const int channels = p.groups * p.group_channels, vectors = channels / VEC, count = tap_count(p);
+  const int channels = p.groups * p.group_channels, vectors = channels / VEC, count = taps(p);
   const int64_t total = p.batch * p.height_out * p.width_out * vectors;
   const T* input = static_cast<const T*>(args.input);
   const T* offset_mask = static_cast<const T*>(args.offset_mask);

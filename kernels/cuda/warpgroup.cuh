@@ -1,14 +1,11 @@
-// What the projected forward needs of sm_90a: products of a warpgroup (four warps, 64 rows), stores by the copy engine.
+// Products of a warpgroup (four warps, 64 rows), which sm_90a alone has.
 #pragma once
 
 #include <type_traits>
 
-#include "forward_bulk.cuh"
 #include "instructions.cuh"
 
 namespace dcngen::window {
-
-// ----------------------------------------------------------------------------------------- products of a warpgroup
 
 __device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -20,16 +17,16 @@ __device__ __forceinline__ uint64_t right_operand(uint32_t address) {
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// d (64 x 128, fragments of 16 rows a warp) += a (64 x 16, likewise) * b (16 x 128).
+// d (64 x 128, fragments of 16 rows a warp) += a (64 x 16, likewise) * b (16 x 128). After the operands: a predicate,
+// true to add to d; the signs of a and b; b lies k-major.
 #define DCNGEN_WARPGROUP_MMA(KIND) \
   asm volatile( \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." KIND "." KIND " {" \
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
       "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
       "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63" \
-      "}, {%64,%65,%66,%67}, %68, add, 1, 1, 0;\n}\n" \
+      "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;" \
       : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), \
         "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), \
         "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
@@ -46,7 +43,7 @@ __device__ __forceinline__ uint64_t right_operand(uint32_t address) {
         "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), \
         "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), \
         "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]) \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 template <typename T>
 __device__ __forceinline__ void warpgroup_mma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
@@ -62,35 +59,5 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[16][4], const uint32_t 
 __device__ __forceinline__ void warpgroup_barrier(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
-
-// --------------------------------------------------------------------------------------- barriers used many times
-
-// Waits for the completion of a barrier's phase: 0, 1, 0, ... for the first, second, third ...
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// -------------------------------------------------------------------------------------- stores by the copy engine
-
-// What this thread wrote to shared memory becomes visible to the copy engine.
-__device__ __forceinline__ void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Writes shared memory to the map's box; parts outside the tensor are left out.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t from, int channel, int x, int y, int image) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(&map),
-               "r"(from), "r"(channel), "r"(x), "r"(y), "r"(image)
-               : "memory");
-}
-__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until the copy engine has read, or written, all that this thread has asked it to store.
-__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 }  // namespace dcngen::window
