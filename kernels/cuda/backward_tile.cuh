@@ -50,7 +50,8 @@ __device__ __forceinline__ void write_offset_mask(const TileArgs& args, uint32_t
   const int64_t stride = args.grad_offset_mask_stride, row_stride = stride * args.width_out;
   uint16_t* row = static_cast<uint16_t*>(args.grad_offset_mask) +
                   (int64_t{n} * args.height_out + y0) * row_stride + (x0 + (lane >> 4)) * stride + 27 * group;
-  const uint32_t from = stage + 56 * (lane >> 4) + 4 * word;
+  // The last two lanes of a half have no word. They read a neighbour's, since behind a pixel may be another warp's stage.
+  const uint32_t from = stage + 56 * (lane >> 4) + 4 * (word < 14 ? word : 13);
 #pragma unroll
   for (int y = 0; y < 4; ++y, row += row_stride) {
     if (y0 + y < 0 || y0 + y >= args.height_out) continue;
