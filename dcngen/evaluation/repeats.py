@@ -51,6 +51,8 @@ class Repeats:
 def group_repeats(arms: list) -> list[Repeats]:
     """The arms by recipe, in the order in which recipes appear, each judged against the first.
 
+    Where one of two recipes was trained once, nothing is known of its scatter, and their first runs are judged.
+
     Empty where that says nothing new: a single recipe, or no recipe with several training seeds.
     """
     groups: list[Repeats] = []
@@ -64,6 +66,8 @@ def group_repeats(arms: list) -> list[Repeats]:
         return []
     baseline = [arm.scores for arm in groups[0].arms]
     for group in groups[1:]:
-        single = len(baseline) == len(group.arms) == 1
-        group.verdict = group.arms[0].verdict if single else judge_repeats(baseline, [arm.scores for arm in group.arms])
+        several = min(len(baseline), len(group.arms)) > 1
+        group.verdict = (
+            judge_repeats(baseline, [arm.scores for arm in group.arms]) if several else group.arms[0].verdict
+        )
     return groups

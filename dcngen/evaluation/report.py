@@ -141,8 +141,6 @@ def _heading(comparison: Comparison, names: str) -> str:
 
 
 def _verdict_box(comparison: Comparison):
-    pairing = "over training seeds" if comparison.repeats else "paired by seed"
-
     def box(judged: Arm | Repeats) -> str:
         v, space = judged.verdict, comparison.space
         low, high = v.frechet_interval
@@ -152,7 +150,7 @@ def _verdict_box(comparison: Comparison):
             f"{space.frechet} difference {v.frechet_difference:+.2f} (95&nbsp;%: {low:+.2f} to {high:+.2f}), "
             f"{space.kernel}&nbsp;&times;&nbsp;1000 difference {kernel:+.2f} "
             f"({kernel_low:+.2f} to {kernel_high:+.2f}), "
-            f"{pairing}; baseline is {escape(comparison.judged[0].name)}.</span></div>"
+            f"{v.intervals}; baseline is {escape(comparison.judged[0].name)}.</span></div>"
         )
 
     return box

@@ -160,41 +160,37 @@ def jackknife_error(values_without: np.ndarray) -> float:
     return float(np.sqrt((count - 1) / count * np.square(values_without - values_without.mean()).sum()))
 
 
-def student_factor(degrees: int) -> float:
+def student_factor(degrees: float) -> float:
     """How many standard errors hold 95 % of Student's t on either side of 0: 12.7 for 1 degree of freedom, 2.0 for 60.
 
-    The share within t is a finite sum (Abramowitz and Stegun, equations 26.7.3 and 26.7.4).
+    With t = sqrt(degrees) tan(a) the density is cos(a)^(degrees - 1) over an integral that is known.
     """
-
-    def share_within(t: float) -> float:
-        angle = math.atan2(t, math.sqrt(degrees))
-        sine, cosine = math.sin(angle), math.cos(angle)
-        odd = degrees % 2
-        term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-        for k in range(2 + odd, degrees + 1, 2):
-            total += term
-            term *= (k - 1) / k * cosine**2
-        return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-    low, high = 0.0, 20.0
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    whole = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(degrees / 2) - math.lgamma((degrees + 1) / 2))
+    low, high = 0.0, math.pi / 2
     while high - low > 1e-12:
         middle = (low + high) / 2
-        low, high = (middle, high) if share_within(middle) < 0.95 else (low, middle)
-    return high
+        within = middle / 2 * float(weights @ np.cos(middle / 2 * (nodes + 1)) ** (degrees - 1)) / whole
+        low, high = (middle, high) if within < 0.95 else (low, middle)
+    return math.sqrt(degrees) * math.tan(high)
 
 
 def mean_difference_interval(first: list[float], second: list[float]) -> tuple[float, float]:
-    """95 % interval of mean(second) - mean(first): Student's, with one variance for both sides.
+    """95 % interval of mean(second) - mean(first), each side with a variance of its own (Welch, 1947).
 
     Raises:
-        ValueError: fewer than three values together, which leave nothing to estimate a variance from.
+        ValueError: a side with fewer than two values, which say nothing about its variance.
     """
-    degrees = len(first) + len(second) - 2
-    if degrees < 1:
-        raise ValueError(f"an interval over runs needs at least 3 runs together, got {len(first)} and {len(second)}")
-    squares = sum(float(np.square(np.subtract(values, np.mean(values))).sum()) for values in (first, second))
-    error = math.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
-    difference, half_width = float(np.mean(second) - np.mean(first)), student_factor(degrees) * error
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"an interval over runs needs at least 2 runs a side, got {len(first)} and {len(second)}")
+    squared_errors = [float(np.var(values, ddof=1)) / len(values) for values in (first, second)]
+    total = sum(squared_errors)
+    difference = float(np.mean(second) - np.mean(first))
+    if total == 0:
+        return difference, difference
+    counts = len(first), len(second)
+    degrees = total**2 / sum(e**2 / (count - 1) for e, count in zip(squared_errors, counts, strict=True))
+    half_width = student_factor(degrees) * math.sqrt(total)
     return difference - half_width, difference + half_width
 
 

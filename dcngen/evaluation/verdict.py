@@ -4,8 +4,9 @@ Both are sampled under one plan, so picture i of either comes from the same seed
 group of seeds on both sides gives paired values whose difference has a far smaller error than each alone. What that
 error does not cover is training itself: a second training run with another seed moves FID about three times more than
 resampling its pictures does, so that gaps below about 1.3 % stay undecided however many pictures are drawn. (The figure
-was measured for FID; it serves the other feature spaces for want of their own.) Where both were trained several times,
-the scatter between the runs is known and takes its place.
+was measured for FID and models trained to the end; it serves other feature spaces for want of their own, and after short
+training the scatter is larger.) Where both were trained several times, the scatter between the runs is known and takes
+its place.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Verdict:
         frechet_difference, frechet_interval: and its 95 % interval over seeds, of sampling or of training.
         frechet_relative: the difference as a fraction of the baseline's distance.
         kernel_difference, kernel_interval: the same for the kernel distance.
+        intervals: what the intervals are taken over, in words.
     """
 
     outcome: str
@@ -38,6 +40,7 @@ class Verdict:
     frechet_relative: float
     kernel_difference: float
     kernel_interval: tuple[float, float]
+    intervals: str
 
 
 def paired_interval(difference: float, first: list[float], second: list[float]) -> tuple[float, float]:
@@ -62,11 +65,11 @@ def judge(baseline: Scores, candidate: Scores) -> Verdict:
 def judge_repeats(baseline: list[Scores], candidate: list[Scores]) -> Verdict:
     """Judge a candidate trained several times against a baseline trained several times, with other seeds each.
 
-    The intervals are Student's for the difference of two means, with one variance for both sides, which so few runs
-    could not tell apart; they cover training and sampling alike. One side may have one run only.
+    The intervals are Welch's for the difference of two means: two kinds of model need not scatter alike. They cover
+    training and sampling together.
 
     Raises:
-        ValueError: fewer than three runs together.
+        ValueError: a side with fewer than two runs.
     """
     runs = f"{len(baseline)} and {len(candidate)} training runs"
     return _verdict(
@@ -74,7 +77,7 @@ def judge_repeats(baseline: list[Scores], candidate: list[Scores]) -> Verdict:
         candidate,
         mean_difference_interval([s.frechet for s in baseline], [s.frechet for s in candidate]),
         mean_difference_interval([s.kernel for s in baseline], [s.kernel for s in candidate]),
-        Evidence("training seeds", "train with more seeds", 0.0, f"These are the means of {runs}"),
+        Evidence("training seeds", "over training seeds", "train with more seeds", 0.0, f"These are means of {runs}"),
     )
 
 
@@ -83,6 +86,7 @@ class Evidence:
     """What a verdict rests on, in words, and the relative gap below which it decides nothing."""
 
     over: str
+    intervals: str
     remedy: str
     least_gap: float
     closing: str
@@ -90,6 +94,7 @@ class Evidence:
 
 ONE_RUN = Evidence(
     "seeds",
+    "paired by seed",
     "draw more pictures",
     RETRAINING_SPREAD,
     "This is one training run a side: repeat with other training seeds before calling it general",
@@ -102,7 +107,7 @@ def _verdict(baseline: list[Scores], candidate: list[Scores], frechet_interval, 
     relative = frechet / float(means[0][0])
     biased = any(scores.is_biased for scores in [*baseline, *candidate])
     outcome, reason = _decide(baseline[0].space, frechet_interval, kernel_interval, relative, biased, evidence)
-    return Verdict(outcome, reason, frechet, frechet_interval, relative, kernel, kernel_interval)
+    return Verdict(outcome, reason, frechet, frechet_interval, relative, kernel, kernel_interval, evidence.intervals)
 
 
 def _decide(

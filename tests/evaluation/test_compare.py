@@ -69,7 +69,7 @@ def test_pairing_removes_what_both_arms_share():
         ([(19.8, 9.8), (19.9, 9.9), (19.85, 9.85)], "better", "0.7% lower"),  # the known scatter decides, not 1.3 %
         ([(18.0, 8), (24.0, 14), (17.0, 7)], "inconclusive", "includes 0: train with more seeds"),
         ([(18.0, 12), (18.1, 12.1), (17.9, 11.9)], "inconclusive", "KID says the opposite"),
-        ([(18.0, 8)], "better", "3 and 1 training runs"),
+        ([(18.0, 8), (18.6, 8.6)], "inconclusive", "8.5% lower, but"),  # two runs, and they scatter more
     ],
 )
 def test_verdict_over_training_seeds(candidate, outcome, reason):
@@ -246,6 +246,7 @@ def test_without_repeated_recipes_arms_are_judged_one_by_one(repeated, make_run)
     third.verdict = judge(stock.scores, third.scores)
     groups = group_repeats([stock, third, deformable, repeated.arms[-1]])
     assert [len(group.arms) for group in groups] == [1, 1, 2] and groups[1].verdict is third.verdict
+    assert groups[2].verdict is deformable.verdict  # the baseline's scatter is not known
 
 
 def test_table_and_page_show_means_over_training_seeds(repeated, tmp_path):
