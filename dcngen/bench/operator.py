@@ -252,11 +252,20 @@ def format_summary(rows: list[Case]) -> str:
     return "\n".join(lines)
 
 
+def source_commit() -> str | None:
+    """The commit of this file's checkout, "-dirty" where tracked files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return None
+    return found.stdout.strip() or None
+
+
 def provenance(device: torch.device, bandwidth: float) -> dict[str, object]:
     """Where the figures come from: commit, device, versions, measured copy bandwidth."""
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "commit": revision.stdout.strip() or None,
+        "commit": source_commit(),
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -4,9 +4,9 @@ Both are sampled under one plan, so picture i of either comes from the same seed
 group of seeds on both sides gives paired values whose difference has a far smaller error than each alone. What that
 error does not cover is training itself: a second training run with another seed moves FID about three times more than
 resampling its pictures does, so that gaps below about 1.3 % stay undecided however many pictures are drawn. (The figure
-was measured for FID and models trained to the end; it serves other feature spaces for want of their own, and after short
-training the scatter is larger.) Where both were trained several times, the scatter between the runs is known and takes
-its place.
+was measured for FID and models trained to the end; it serves other feature spaces for want of their own, and after
+short training the scatter is larger.) Where both were trained several times, the scatter between the runs is known and
+takes its place.
 """
 
 from dataclasses import dataclass
