@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dcngen.config import PRESETS, load_config, load_run_config, parse_command_line
@@ -87,3 +88,21 @@ def test_a_pair_differs_in_the_operators_alone(name):
     assert (dcn["model.conv_operator"], dcn["model.attention_operator"]) == ("dcnv4", "dcnv4")
     # The files themselves say the same: nothing is left to a default in one arm only.
     assert _flatten(yaml.safe_load(arms[0].read_text())).keys() == _flatten(yaml.safe_load(arms[1].read_text())).keys()
+
+
+def test_the_wide_recipe_is_the_other_one_at_the_baselines_size():
+    from dcngen.models import count_parameters
+    from dcngen.training import build_unet
+
+    names = ("cifar10_baseline", "cifar10_dcn", "cifar10_dcn_wide")
+    baseline, dcn, wide = (load_config(["--config", str(CONFIGS / f"{name}.yaml")]) for name in names)
+    ours, other = _flatten(wide.to_dict()), _flatten(dcn.to_dict())
+    assert {key for key in ours if ours[key] != other[key]} == {"name", "model.block_out_channels"}
+    with torch.device("meta"):
+        sizes = [
+            count_parameters(
+                build_unet(config.model, latent_shape=(4, 16, 16), num_classes=10, num_train_timesteps=1000, seed=0)
+            )
+            for config in (baseline, wide)
+        ]
+    assert abs(sizes[1] / sizes[0] - 1) < 0.05
