@@ -185,7 +185,10 @@ def evenly_over_classes(labels: np.ndarray, count: int | None) -> np.ndarray:
     if count is None or count >= len(labels):
         return np.arange(len(labels))
     order = np.argsort(labels, kind="stable")
-    return np.sort(order[np.linspace(0, len(order) - 1, count).round().astype(np.int64)])
+    middles = (
+        (2 * np.arange(count) + 1) * len(order) // (2 * count)
+    )  # of `count` equal parts: whole classes come out even
+    return np.sort(order[middles])
 
 
 def _write_pixels(source: Source, indices, size: int, path: Path, title: str, progress: bool) -> None:

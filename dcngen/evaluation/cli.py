@@ -1,6 +1,7 @@
 """``python -m dcngen compare``: sample trained runs under one plan, score them, and write a report."""
 
 import argparse
+import hashlib
 import shlex
 from pathlib import Path
 
@@ -66,7 +67,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_page(runs: list[str], features: str = "inception") -> Path:
-    """``compare-<first>-<second>/report.html`` beside the first run; other features than Inception's add their name."""
+    """``compare-<first>-<second>/report.html`` beside the first run; other features than Inception's add their name.
+
+    Of many runs the name tells the first, how many there are, and a digest.
+    """
     folders = [Path(run).resolve() for run in runs]
-    names = [folder.name for folder in folders] + ([] if features == "inception" else [features])
-    return folders[0].parent / "-".join(["compare", *names]) / "report.html"
+    name = "-".join(folder.name for folder in folders)
+    if len(name) > 100:
+        name = f"{folders[0].name[:60]}-and-{len(folders) - 1}-more-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    suffix = "" if features == "inception" else f"-{features}"
+    return folders[0].parent / f"compare-{name}{suffix}" / "report.html"

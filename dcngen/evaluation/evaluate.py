@@ -14,6 +14,7 @@ from dcngen.evaluation.inception_weights import export_weights
 from dcngen.evaluation.metrics import torchmetrics_image
 from dcngen.evaluation.networks import add_network_arguments, load_network
 from dcngen.evaluation.scores import Scores, load_statistics, save_statistics, score
+from dcngen.evaluation.statistics import Z95
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +68,10 @@ def _evaluate(options, network) -> int:
     if options.data or options.statistics:
         torchmetrics_image()  # what is broken should say so before the features are computed
     images = open_generated(options.images)
+    real = None
+    if options.data and not options.statistics:
+        real = open_images(_data_config(options, images.image_size), options.data_split)
+        images = labelled(images, labels_for(options.images, images, real.num_classes))
     indices = range(min(len(images), options.num_images or len(images)))
     generated = extract_features(images, network, indices=list(indices), described=str(options.images))
     if options.save_statistics:
@@ -79,11 +84,9 @@ def _evaluate(options, network) -> int:
         reference, provenance = load_statistics(options.statistics, generated.provenance)
         described = provenance.described if provenance else f"{options.statistics} (no provenance)"
     else:
-        real = open_images(_data_config(options, images.image_size), options.data_split)
         chosen, described = None, f"all of {real.name} ({real.split})"
         if not options.all_reference:
-            labels = labels_for(options.images, images, real.num_classes)
-            labels = labels[: len(indices)] if labels is not None else None
+            labels = None if images.class_names == ["all"] else images.labels[: len(indices)]
             chosen, described = matching_reference(real, labels, len(indices))
         reference = extract_features(real, network, indices=chosen)
     scores = score(generated, reference, device=options.device, errors=not options.no_errors, progress=True)
@@ -109,13 +112,22 @@ def labels_for(path: str, images: ImageSet, num_classes: int) -> np.ndarray | No
     return None if labels is None or len(labels) != len(images) else np.asarray(labels)
 
 
+def labelled(images: ImageSet, labels: np.ndarray | None) -> ImageSet:
+    """The pictures with these labels, by which choices and error bars are spread over the classes."""
+    if labels is not None and images.class_names == ["all"]:
+        images.labels = np.asarray(labels, dtype=np.int64)
+        images.class_names = [str(label) for label in range(int(images.labels.max(initial=0)) + 1)]
+    return images
+
+
 def print_scores(scores: Scores, reference: str) -> None:
     """The scores as text, caveats below."""
     print(f"N = {scores.num_images:,} generated, {scores.num_reference:,} reference: {reference}")
     frechet, kernel = scores.space.frechet, scores.space.kernel
-    print(f"{frechet:<15}{scores.frechet:.3f} +- {1.96 * scores.frechet_error:.3f}")
+    error = "" if np.isnan(scores.frechet_error) else f" +- {Z95 * scores.frechet_error:.3f}"
+    print(f"{frechet:<15}{scores.frechet:.3f}{error}")
     if scores.kernel is not None:
-        error = f" +- {1.96 * scores.kernel_error:.5f}" if scores.kernel_error is not None else ""
+        error = f" +- {Z95 * scores.kernel_error:.5f}" if scores.kernel_error is not None else ""
         print(f"{kernel:<15}{scores.kernel:.5f}{error}")
     if scores.frechet_infinity is not None:
         print(f"{frechet + '-infinity ':<15}{scores.frechet_infinity:.3f}")

@@ -178,11 +178,12 @@ def _open_npz(path: Path) -> ImageSet:
         raise ValueError(f"{path} holds no pictures: expected a uint8 array (N, H, W, 3), got {shapes}")
     pixels = pictures[0]
     labels = [a for a in arrays.values() if a.shape == (len(pixels),) and np.issubdtype(a.dtype, np.integer)]
-    labels = np.asarray(labels[0], dtype=np.int64) if labels else np.zeros(len(pixels), dtype=np.int64)
+    known = bool(labels)
+    labels = np.asarray(labels[0], dtype=np.int64) if known else np.zeros(len(pixels), dtype=np.int64)
     digest = hashlib.sha256(labels.tobytes())
     for start in range(0, len(pixels), 1024):
         digest.update(np.ascontiguousarray(pixels[start : start + 1024]).tobytes())
-    names = [str(label) for label in range(int(labels.max(initial=0)) + 1)]
+    names = [str(label) for label in range(int(labels.max(initial=0)) + 1)] if known else ["all"]
     channels_first = rearrange(pixels, "n h w c -> n c h w")
     return ImageSet(channels_first, labels, names, digest=digest.hexdigest(), name=str(path), split="generated")
 

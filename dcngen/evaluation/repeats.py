@@ -51,9 +51,7 @@ class Repeats:
 def group_repeats(arms: list) -> list[Repeats]:
     """The arms by recipe, in the order in which recipes appear, each judged against the first.
 
-    Where one of two recipes was trained once, nothing is known of its scatter, and their first runs are judged.
-
-    Empty where that says nothing new: a single recipe, or no recipe with several training seeds.
+    Empty where no recipe has several training seeds. Of two recipes trained once each, their runs are judged.
     """
     groups: list[Repeats] = []
     for arm in arms:
@@ -62,12 +60,10 @@ def group_repeats(arms: list) -> list[Repeats]:
             groups.append(Repeats([arm]))
         else:
             group.arms.append(arm)
-    if len(groups) < 2 or len(groups) == len(arms):
+    if len(groups) == len(arms):
         return []
     baseline = [arm.scores for arm in groups[0].arms]
     for group in groups[1:]:
-        several = min(len(baseline), len(group.arms)) > 1
-        group.verdict = (
-            judge_repeats(baseline, [arm.scores for arm in group.arms]) if several else group.arms[0].verdict
-        )
+        single = len(baseline) == len(group.arms) == 1
+        group.verdict = group.arms[0].verdict if single else judge_repeats(baseline, [arm.scores for arm in group.arms])
     return groups

@@ -15,7 +15,7 @@ from dcngen.evaluation.charts import Series, interval_chart, line_chart
 from dcngen.evaluation.comparison import Arm, Comparison, floor_label
 from dcngen.evaluation.repeats import Repeats
 from dcngen.evaluation.scores import Scores
-from dcngen.evaluation.statistics import Z95
+from dcngen.evaluation.statistics import EXTRAPOLATION_COUNT, Z95
 
 PANEL_COLUMNS = 8
 PANEL_CLASSES = 10
@@ -204,7 +204,9 @@ def _repeats_note(comparison: Comparison) -> str:
 
 
 def _infinity(scores: Scores) -> str:
-    return f"{scores.frechet_infinity:.2f}" if scores.frechet_infinity is not None else "<small>needs 2,048</small>"
+    if scores.frechet_infinity is None:
+        return f"<small>needs {EXTRAPOLATION_COUNT:,}</small>"
+    return f"{scores.frechet_infinity:.2f}"
 
 
 def _unit(text: str, unit: str) -> str:

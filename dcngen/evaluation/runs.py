@@ -1,6 +1,7 @@
 """A finished training run as the comparison sees it: its folder, read once."""
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from dcngen.data import DataConfig
 
 # What may differ between two arms of a comparison without touching what is compared.
-BOOKKEEPING = ("name", "output_dir", "logging", "sampling", "checkpoint")
+BOOKKEEPING = ("name", "output_dir", "logging", "sampling", "checkpoint", "data.cache_dir", "data.source")
 
 
 @dataclass
@@ -105,7 +106,8 @@ def recipe(run: Run) -> dict:
 
 
 def _settings(run: Run) -> dict:
-    return {key: value for key, value in flatten(run.config).items() if key.split(".")[0] not in BOOKKEEPING}
+    flat = flatten(run.config)
+    return {key: value for key, value in flat.items() if not {key, key.split(".")[0]} & set(BOOKKEEPING)}
 
 
 def config_differences(runs: list[Run]) -> dict[str, list]:
@@ -144,10 +146,10 @@ def require_comparable(runs: list[Run], vae_digests: list[str], data_digests: li
 
 def unequal_training(runs: list[Run]) -> list[str]:
     """A warning if the runs did not see the same number of pictures in training."""
-    seen = {run.name: run.training["num_images_seen"] for run in runs}
-    if len(set(seen.values())) == 1:
+    seen = [(run.name, run.training["num_images_seen"]) for run in runs]
+    if len({count for _, count in seen}) == 1:
         return []
-    counts = ", ".join(f"{name} {count:,}" if count else f"{name} unknown" for name, count in seen.items())
+    counts = ", ".join(f"{name} {count:,}" if count else f"{name} unknown" for name, count in seen)
     return [f"the runs saw different numbers of pictures in training: {counts}"]
 
 
@@ -159,9 +161,6 @@ def unet_flops(unet: torch.nn.Module) -> int | None:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    custom = {}
-    if hasattr(torch.ops, "dcngen") and hasattr(torch.ops.dcngen, "dcnv4"):
-        custom[torch.ops.dcngen.dcnv4] = _dcnv4_flops
     try:
         with torch.device("meta"):
             model = type(unet)(**{k: v for k, v in dict(unet.config).items() if not k.startswith("_")})
@@ -170,7 +169,7 @@ def unet_flops(unet: torch.nn.Module) -> int | None:
             sample = torch.empty(1, unet.config.in_channels, height, width)
             timestep = torch.empty((1,), dtype=torch.int64)
             labels = torch.empty((1,), dtype=torch.int64) if unet.config.num_class_embeds else None
-        counter = FlopCounterMode(display=False, custom_mapping=custom)
+        counter = FlopCounterMode(display=False, custom_mapping=_custom_flops())
         with counter, torch.no_grad():
             model(sample, timestep, class_labels=labels)
         return int(counter.get_total_flops())
@@ -178,8 +177,28 @@ def unet_flops(unet: torch.nn.Module) -> int | None:
         return None  # a layer that cannot run without data; the number is an extra
 
 
-def _dcnv4_flops(input_shape, offset_mask_shape, kernel_h, kernel_w, *scalars, out_shape=None, **_) -> int:
-    *_, remove_center, _softmax = scalars
-    taps = kernel_h * kernel_w - (1 if remove_center else 0)
-    batch, height, width, channels = out_shape
-    return 8 * batch * height * width * channels * taps
+def _custom_flops() -> dict:
+    """Rules for torch's flop counter: our operators' shapes to operations."""
+
+    def of_taps(out_shape, scalars) -> int:
+        kernel_h, kernel_w, *_, remove_center, _softmax = scalars
+        return 8 * math.prod(out_shape) * (kernel_h * kernel_w - (1 if remove_center else 0))
+
+    def separate(input_shape, offset_mask_shape, *scalars, out_shape=None, **_) -> int:
+        return of_taps(out_shape, scalars)
+
+    def packed(packed_shape, channels, *scalars, out_shape=None, **_) -> int:
+        return of_taps(out_shape, scalars)
+
+    def packed_linear(packed_shape, weight, bias, channels, save_output, *scalars, out_shape=None, **_) -> int:
+        pixels = math.prod(out_shape[0][:-1])
+        return of_taps((pixels, channels), scalars) + 2 * pixels * math.prod(weight)
+
+    if not hasattr(torch.ops, "dcngen") or not hasattr(torch.ops.dcngen, "dcnv4"):
+        return {}
+    operators = torch.ops.dcngen
+    return {
+        operators.dcnv4: separate,
+        operators.dcnv4_packed: packed,
+        operators.dcnv4_packed_linear: packed_linear,
+    }

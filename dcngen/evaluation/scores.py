@@ -16,6 +16,7 @@ from dcngen.evaluation.metrics import frechet_distance, kernel_distance
 from dcngen.evaluation.moments import FeatureStatistics
 from dcngen.evaluation.spaces import INCEPTION, SPACES, FeatureSpace
 from dcngen.evaluation.statistics import (
+    EXTRAPOLATION_COUNT,
     FULL_RANK,
     KernelSums,
     Reference,
@@ -39,7 +40,7 @@ class Scores:
         num_images, num_reference: pictures on the two sides.
         frechet, frechet_error: the distance and its standard error over the generated pictures (jackknife).
         kernel, kernel_error: the same for the kernel distance; None against statistics, which hold no single pictures.
-        frechet_infinity: extrapolation to infinitely many pictures; None below 2048 pictures.
+        frechet_infinity: extrapolation to infinitely many pictures; None below 4096 pictures.
         frechet_without, kernel_without: values with one group of pictures left out each, for paired differences.
         space: the feature space, and so the distances' names.
         notes: caveats in words.
@@ -117,25 +118,25 @@ def score(
         space=SPACES[features.provenance.network],
     )
     if isinstance(reference, Features):
-        _add_kernel_distance(result, features, reference, groups, device)
-        if not result.is_biased and errors:
+        _add_kernel_distance(result, features, reference, errors, device)
+        if errors and min(result.num_images, result.num_reference) >= EXTRAPOLATION_COUNT:
             result.frechet_infinity = frechet_infinity(values, features.labels, real, reference.labels)
     result.notes = caveats(result, values.shape[1])
     return result
 
 
-def _add_kernel_distance(
-    result: Scores, features: Features, reference: Features, groups: np.ndarray | None, device
-) -> None:
+def _add_kernel_distance(result: Scores, features: Features, reference: Features, errors: bool, device) -> None:
     chosen = evenly_over_classes(features.labels, KERNEL_MAX_IMAGES)
     values = features.values[chosen].to(device)
     real = reference.values[evenly_over_classes(reference.labels, KERNEL_MAX_IMAGES)].to(device)
     sums = None
-    if groups is not None or len(values) != len(real):
-        sums = KernelSums(values, real, np.zeros(len(values), dtype=np.int64) if groups is None else groups[chosen])
+    if errors or len(values) != len(real):
+        # Dealt among the chosen: groups of all pictures would have lost whole classes by the choice.
+        groups = stratified_groups(features.labels[chosen]) if errors else np.zeros(len(values), dtype=np.int64)
+        sums = KernelSums(values, real, groups)
     # torchmetrics compares equally many; the sums are the same estimate for any two numbers
     result.kernel = kernel_distance(values, real) if len(values) == len(real) else sums.distance()
-    if groups is not None:
+    if errors:
         without = sums.without_each_group()
         result.kernel_without, result.kernel_error = without.tolist(), jackknife_error(without)
 

@@ -20,6 +20,7 @@ from dcngen.evaluation.moments import FeatureStatistics
 
 NUM_GROUPS = 20
 FULL_RANK = 2048  # below this many pictures the covariance of Inception's 2048 features is singular
+EXTRAPOLATION_COUNT = 2 * FULL_RANK  # the extrapolation thins by half, and below full rank the bias is not linear
 Z95 = 1.96
 
 
@@ -178,19 +179,26 @@ def student_factor(degrees: float) -> float:
 def mean_difference_interval(first: list[float], second: list[float]) -> tuple[float, float]:
     """95 % interval of mean(second) - mean(first), each side with a variance of its own (Welch, 1947).
 
+    A side of one value, whose variance nobody knows, takes the other's.
+
     Raises:
-        ValueError: a side with fewer than two values, which say nothing about its variance.
+        ValueError: one value on both sides.
     """
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"an interval over runs needs at least 2 runs a side, got {len(first)} and {len(second)}")
-    squared_errors = [float(np.var(values, ddof=1)) / len(values) for values in (first, second)]
-    total = sum(squared_errors)
+    sides = (first, second)
+    known = [float(np.var(values, ddof=1)) for values in sides if len(values) > 1]
+    if not known:
+        raise ValueError("an interval over runs needs at least 2 runs on a side, got 1 and 1")
     difference = float(np.mean(second) - np.mean(first))
-    if total == 0:
-        return difference, difference
-    counts = len(first), len(second)
-    degrees = total**2 / sum(e**2 / (count - 1) for e, count in zip(squared_errors, counts, strict=True))
-    half_width = student_factor(degrees) * math.sqrt(total)
+    if len(known) == 1:
+        degrees, squared_error = len(first) + len(second) - 2, known[0] * (1 / len(first) + 1 / len(second))
+    else:
+        squares = [variance / len(values) for variance, values in zip(known, sides, strict=True)]
+        squared_error = sum(squares)
+        if squared_error == 0:
+            return difference, difference
+        freedom = sum(square**2 / (len(values) - 1) for square, values in zip(squares, sides, strict=True))
+        degrees = squared_error**2 / freedom
+    half_width = student_factor(degrees) * math.sqrt(squared_error)
     return difference - half_width, difference + half_width
 
 
@@ -210,11 +218,11 @@ def frechet_infinity(
     the line through the distances over 1/N is read at 0.
 
     Raises:
-        ValueError: fewer than 2048 pictures on a side, where the bias is not linear.
+        ValueError: fewer than 4096 pictures on a side; half of them would have a singular covariance.
     """
     count = min(len(features), len(reference))
-    if count < FULL_RANK:
-        raise ValueError(f"extrapolation needs at least {FULL_RANK} pictures on each side, got {count}")
+    if count < EXTRAPOLATION_COUNT:
+        raise ValueError(f"extrapolation needs at least {EXTRAPOLATION_COUNT} pictures on each side, got {count}")
     sizes = np.linspace(count / 2, count, points).round().astype(int)
     distances = [
         closed_frechet_distance(

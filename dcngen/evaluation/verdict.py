@@ -9,7 +9,7 @@ short training the scatter is larger.) Where both were trained several times, th
 takes its place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,19 +66,25 @@ def judge_repeats(baseline: list[Scores], candidate: list[Scores]) -> Verdict:
     """Judge a candidate trained several times against a baseline trained several times, with other seeds each.
 
     The intervals are Welch's for the difference of two means: two kinds of model need not scatter alike. They cover
-    training and sampling together.
+    training and sampling together. Where one side was trained once, the verdict is inconclusive.
 
     Raises:
-        ValueError: a side with fewer than two runs.
+        ValueError: one run on both sides.
     """
     runs = f"{len(baseline)} and {len(candidate)} training runs"
-    return _verdict(
+    verdict = _verdict(
         baseline,
         candidate,
         mean_difference_interval([s.frechet for s in baseline], [s.frechet for s in candidate]),
         mean_difference_interval([s.kernel for s in baseline], [s.kernel for s in candidate]),
         Evidence("training seeds", "over training seeds", "train with more seeds", 0.0, f"These are means of {runs}"),
     )
+    if verdict.outcome != "inconclusive" and min(len(baseline), len(candidate)) == 1:
+        gap = f"{baseline[0].space.frechet} is {abs(verdict.frechet_relative):.1%} "
+        gap += "lower" if verdict.frechet_relative < 0 else "higher"
+        reason = f"{gap} in the mean, but one side was trained once and its scatter is unknown: train it again"
+        return replace(verdict, outcome="inconclusive", reason=reason)
+    return verdict
 
 
 @dataclass(frozen=True)

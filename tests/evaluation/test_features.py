@@ -6,8 +6,12 @@ import torch
 from PIL import Image
 
 from dcngen.data import ImageSet
+from dcngen.data.images import evenly_over_classes
+from dcngen.diffusion.plan import SamplePlan
+from dcngen.evaluation import evaluate, scores
 from dcngen.evaluation.features import Features, Provenance, extract_features, matching_reference, open_generated
 from dcngen.evaluation.scores import load_statistics, save_statistics, score
+from dcngen.evaluation.statistics import KernelSums
 
 
 def image_set(n, seed=0, classes=3):
@@ -42,6 +46,21 @@ def test_generated_pictures_open_alike_from_npz_and_png(tmp_path):
     for images in (png, stored, packed):
         assert torch.equal(images.batch(range(5))[0], expected)
     assert stored.digest == packed.digest and stored.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_pictures_without_labels_are_not_of_the_first_class(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((6, 8, 8, 3), dtype=np.uint8))
+    images = open_generated(tmp_path)
+    assert images.class_names == ["all"] and evaluate.labels_for(str(tmp_path), images, 3) is None
+
+
+def test_pictures_in_a_folder_have_the_labels_of_their_plan(tmp_path):
+    for index in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index:06d}.png")
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": SamplePlan(num_images=6).to_dict()}))
+    images = open_generated(tmp_path)
+    images = evaluate.labelled(images, evaluate.labels_for(str(tmp_path), images, 3))
+    assert images.labels.tolist() == [0, 1, 2, 0, 1, 2] and images.num_classes == 3
 
 
 def test_unusable_generated_pictures_are_named(tmp_path):
@@ -83,6 +102,29 @@ def test_scores_carry_errors_and_caveats(gaussian_features):
     assert np.isnan(score(x, y, errors=False).frechet_error)
 
 
+def test_every_group_left_out_of_the_kernel_distance_holds_all_classes(gaussian_features, monkeypatch):
+    """Dealt before the pictures are chosen, groups lose whole classes to the choice, and the error is far too large."""
+    count, classes, seen = 2000, 5, []
+
+    def spy(values, reference, groups):
+        seen.append(groups)
+        return KernelSums(values, reference, groups)
+
+    monkeypatch.setattr(scores, "KERNEL_MAX_IMAGES", count // 5)
+    monkeypatch.setattr(scores, "KernelSums", spy)
+    labels = np.arange(count) % classes
+    x, y = (features_of(gaussian_features(count, 6, seed), labels) for seed in (0, 1))
+    assert score(x, y).kernel_error > 0
+    chosen = labels[evenly_over_classes(labels, count // 5)]
+    shares = [np.bincount(chosen[seen[0] == group], minlength=classes).tolist() for group in range(20)]
+    assert shares == [[4] * classes] * 20
+
+
+def test_scores_without_errors_print_none(gaussian_features, capsys):
+    evaluate.print_scores(score(*(features_of(gaussian_features(60, 10, k)) for k in (0, 1)), errors=False), "real")
+    assert "nan" not in capsys.readouterr().out
+
+
 def test_other_network_or_size_is_refused(gaussian_features):
     x = features_of(gaussian_features(60, 10, 0))
     with pytest.raises(ValueError, match="different Inception weights"):
@@ -110,8 +152,6 @@ def test_statistics_round_trip_and_mismatch(gaussian_features, tmp_path):
 
 
 def test_evaluate_command(tmp_path, monkeypatch, capsys, colour_network):
-    from dcngen.evaluation import evaluate
-
     monkeypatch.setenv("DCNGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "load_network", lambda _: colour_network())
     root, generator = tmp_path / "data", np.random.default_rng(0)
@@ -126,8 +166,9 @@ def test_evaluate_command(tmp_path, monkeypatch, capsys, colour_network):
     assert evaluate.main(arguments) == 0
     text = capsys.readouterr().out
     assert "N = 30 generated, 30 reference: 30 pictures, of each class as many as generated" in text
-    scores = json.loads(output.read_text())
-    assert scores["fid"] > 0 and scores["num_reference"] == 30 and scores["provenance"]["extractor_digest"] == "colours"
+    numbers = json.loads(output.read_text())
+    assert numbers["fid"] > 0 and numbers["num_reference"] == 30
+    assert numbers["provenance"]["extractor_digest"] == "colours"
     assert evaluate.main([*arguments[:3], "--all-reference", "--device", "cpu"]) == 0
     assert "N differs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
