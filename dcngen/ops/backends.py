@@ -15,6 +15,7 @@ from . import native
 BACKENDS = ("auto", "native", "reference")
 BACKEND_VARIABLE = "DCNGEN_BACKEND"
 
+CPU_TAPS = 144  # kMaxSamples of kernels/cpu: what a vector of pixels may have in its local arrays
 _LIBRARIES = {"cpu": native.cpu_library, "cuda": native.cuda_library}
 
 # Of the process, not of the thread: autograd runs CUDA backwards in a thread of its own.
@@ -40,7 +41,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" (the compiled kernels where they can run, plain torch elsewhere), "native" (the compiled kernels,
-            or the reason why they cannot run, raised), or "reference" (plain torch).
+            or the reason why they cannot run, raised), or "reference" (plain torch). Under torch.func transforms, for
+            forward-mode derivatives and in a backward with create_graph=True it is plain torch with all three.
 
     Raises:
         ValueError: an unknown name.
@@ -53,11 +55,11 @@ def backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def native_library(device_type: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library that computes tensors of this device and dtype, or None where plain torch does.
+def native_library(device_type: str, dtype: torch.dtype, taps: int = 0) -> ctypes.CDLL | None:
+    """The library that computes tensors of this device and dtype with so many taps, or None where plain torch does.
 
     Raises:
-        NativeLibraryError, TypeError: backend "native" is in force and cannot run, with the reason.
+        NativeLibraryError, TypeError, ValueError: backend "native" is in force and cannot run, with the reason.
     """
     name = _chosen or current_backend()
     if name == "reference":
@@ -68,8 +70,10 @@ def native_library(device_type: str, dtype: torch.dtype) -> ctypes.CDLL | None:
                 "dcnv4: the compiled kernels take float32, float16 and bfloat16, got float64; "
                 "convert the tensors, or use backend 'auto' or 'reference'"
             )
+        if device_type == "cpu" and taps > CPU_TAPS:
+            raise ValueError(f"dcnv4: the CPU kernel takes windows of at most {CPU_TAPS} taps, got {taps}")
         return _LIBRARIES[device_type]()
-    except (native.NativeLibraryError, TypeError) as reason:
+    except (native.NativeLibraryError, TypeError, ValueError) as reason:
         if name == "native":
             raise
         _say_once(f"dcnv4 runs in plain torch, which gives the same values more slowly: {reason}")

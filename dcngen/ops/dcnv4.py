@@ -88,11 +88,9 @@ def dcnv4(
         name, tensor = ("offset_mask", offset_mask) if isinstance(input, torch.Tensor) else ("input", input)
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
-    if torch.compiler.is_compiling():
-        return _forward_op(input, offset_mask, *scalars)
     if needs_reference():
-        return reference_forward(input, offset_mask, launch.geometry_of(scalars))
-    if not is_plain_eager(input, offset_mask):
+        return reference_forward(*as_autocast(input, offset_mask), launch.geometry_of(scalars))
+    if torch.compiler.is_compiling() or not is_plain_eager(input, offset_mask):
         return _forward_op(input, offset_mask, *scalars)
     if torch.is_grad_enabled() and (input.requires_grad or offset_mask.requires_grad):
         return _EagerDCNv4.apply(input, offset_mask, scalars)
@@ -116,8 +114,11 @@ def scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, rem
 
 
 def needs_reference() -> bool:
-    """Whether a torch.func transform or a forward-mode derivative is under way, which only plain torch can follow."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Whether a torch.func transform or a forward-mode derivative is under way, which only plain torch can follow.
+
+    Asked before anything else, since both happen within torch.compile too.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
@@ -135,6 +136,11 @@ def is_plain_eager(input: torch.Tensor, offset_mask: torch.Tensor) -> bool:
         and not (torch.is_autocast_enabled() if input.is_cuda else torch.is_autocast_enabled("cpu"))
         and not (input.is_neg() or offset_mask.is_neg())
     )
+
+
+def is_plain_gradient(grad: torch.Tensor) -> bool:
+    """Whether a gradient can go to the kernels as it is; one of `is_grads_batched=True` has no memory of its own."""
+    return type(grad) in PLAIN_TYPES and not grad.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 @torch.library.register_fake("dcngen::dcnv4", lib=library)
@@ -162,7 +168,7 @@ def _gradients(ctx, grad_output):
     input, offset_mask = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: these gradients must be differentiable themselves
         return _differentiable_backward(grad_output, input, offset_mask, ctx.scalars)
-    if is_plain_eager(input, offset_mask) and type(grad_output) is torch.Tensor and not grad_output.is_neg():
+    if is_plain_eager(input, offset_mask) and is_plain_gradient(grad_output):
         return launch.backward(grad_output, input, offset_mask, *ctx.scalars)
     return _backward_op(grad_output, input, offset_mask, *ctx.scalars)
 
@@ -200,16 +206,23 @@ def register_autocast(name: str) -> None:
 
 
 def _autocast(op, device_type: str, without_autocast: torch._C.DispatchKeySet, *arguments):
-    dtype = torch.get_autocast_dtype(device_type)
-
-    # As torch's own rules do: tensors of another device and float64 stay as they are.
-    def cast(argument):
-        if not isinstance(argument, torch.Tensor) or argument.device.type != device_type:
-            return argument
-        return argument.to(dtype) if argument.is_floating_point() and argument.dtype != torch.float64 else argument
-
     with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-        return op(*map(cast, arguments))
+        return op(*(_cast(argument, device_type) for argument in arguments))
+
+
+def _cast(argument, device_type: str):
+    """As torch's own rules do: tensors of another device and float64 stay as they are."""
+    if not isinstance(argument, torch.Tensor) or argument.device.type != device_type:
+        return argument
+    if not argument.is_floating_point() or argument.dtype == torch.float64:
+        return argument
+    return argument.to(torch.get_autocast_dtype(device_type))
+
+
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as the operator's autocast rule has them, where it is not the operator that is called."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple(_cast(t, t.device.type) if t.device.type in kinds else t for t in tensors)
 
 
 register_autocast("dcnv4")

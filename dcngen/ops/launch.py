@@ -39,7 +39,7 @@ def _geometry_of(scalars: tuple) -> Geometry:
 
 
 def forward_cpu(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.Tensor:
-    library = native_library("cpu", input.dtype)
+    library = native_library("cpu", input.dtype, scalars[0] * scalars[1])
     if library is None:
         return _forward_reference(input, offset_mask, scalars)
     plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
@@ -55,7 +55,7 @@ def backward_cpu(
     grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars, into: Gradients | None = None
 ) -> Gradients:
     """The gradients of input and offset_mask, written to the tensors of `into` where there are some."""
-    library = native_library("cpu", input.dtype)
+    library = native_library("cpu", input.dtype, scalars[0] * scalars[1])
     if library is None:
         return _backward_reference(grad_output, input, offset_mask, scalars, into)
     plan, input, offset_mask, grad_output = _prepare(input, offset_mask, grad_output, scalars, into)
@@ -216,6 +216,8 @@ class Plan:
         self.geometry = geometry_of(scalars)
         height_out, width_out = check_tensors(input, offset_mask, self.geometry)
         self.output_shape = (input.shape[0], height_out, width_out, input.shape[3])
+        if grad_output is not None:
+            _check_gradient(grad_output, input, self.output_shape)
         self.output_is_like_input = input.shape == self.output_shape and input.is_contiguous()
         strides = [pixel_stride(t) for t in (input, offset_mask, grad_output) if t is not None]
         self.copies = tuple(stride is None for stride in strides) if None in strides else None
@@ -228,6 +230,19 @@ class Plan:
         self.address = ctypes.addressof(self.params)
         self.workspace_bytes: int | None = None  # asked of the CUDA library at the first backward
         self.projects: bool | None = None  # likewise at the first forward_projected
+
+
+def _check_gradient(grad_output: torch.Tensor, input: torch.Tensor, output_shape: tuple[int, ...]) -> None:
+    """Raises unless grad_output is of the output's shape, dtype and device: the kernels read it as such."""
+    if tuple(grad_output.shape) != tuple(output_shape):
+        raise ValueError(
+            f"grad_output: expected the output's shape {tuple(output_shape)}, got {tuple(grad_output.shape)}"
+        )
+    if grad_output.dtype != input.dtype or grad_output.device != input.device:
+        raise TypeError(
+            f"grad_output: expected {input.dtype} on {input.device} as input, got {grad_output.dtype} on "
+            f"{grad_output.device}; convert it with .to(input)"
+        )
 
 
 def pixel_stride(tensor: torch.Tensor) -> int | None:
@@ -272,7 +287,15 @@ def _params(input, offset_mask, output_shape, geometry: Geometry, strides: list[
 
 def _prepare(input, offset_mask, grad_output, scalars: tuple, into: Gradients | None = None):
     """The plan of this call, and the tensors as the kernels can read them."""
-    of_grad = None if grad_output is None else (grad_output.stride(), torch.are_deterministic_algorithms_enabled())
+    of_grad = None
+    if grad_output is not None:
+        of_grad = (
+            grad_output.shape,
+            grad_output.stride(),
+            grad_output.dtype,
+            grad_output.get_device(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
     of_results = None if into is None else (into[0].stride(2), into[1].stride(2), into[1].shape[3])
     key = (
         input.shape,
@@ -289,7 +312,7 @@ def _prepare(input, offset_mask, grad_output, scalars: tuple, into: Gradients | 
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan(input, offset_mask, grad_output, scalars, of_grad is not None and of_grad[1], into)
+        plan = Plan(input, offset_mask, grad_output, scalars, of_grad is not None and of_grad[-1], into)
         if len(_plans) >= _MAX_PLANS:  # a plan is cheap to make again
             _plans.clear()
         _plans[key] = plan

@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 
 from . import launch
-from .dcnv4 import PLAIN_TYPES, SCALARS, is_plain_eager, library, needs_reference, register_autocast, scalars_of
+from .dcnv4 import (
+    SCALARS,
+    as_autocast,
+    is_plain_eager,
+    is_plain_gradient,
+    library,
+    needs_reference,
+    register_autocast,
+    scalars_of,
+)
 from .geometry import split_packed
 from .reference import reference_forward
 
@@ -55,12 +64,10 @@ def dcnv4_packed(
     if not isinstance(packed, torch.Tensor):
         raise TypeError(f"packed: expected a torch.Tensor, got {type(packed).__name__}")
     scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
-    if torch.compiler.is_compiling():
-        return _forward_op(packed, channels, *scalars)
     if needs_reference():
         geometry = launch.geometry_of(scalars)
-        return reference_forward(*split_packed(packed, channels, geometry), geometry)
-    if not is_plain_eager(packed, packed):
+        return reference_forward(*split_packed(*as_autocast(packed), channels, geometry), geometry)
+    if torch.compiler.is_compiling() or not is_plain_eager(packed, packed):
         return _forward_op(packed, channels, *scalars)
     if torch.is_grad_enabled() and packed.requires_grad:
         return _EagerPacked.apply(packed, channels, scalars)
@@ -111,7 +118,7 @@ def _gradient(ctx, grad_output):
         geometry = launch.geometry_of(ctx.scalars)
         output = reference_forward(*split_packed(packed, ctx.channels, geometry), geometry)
         return torch.autograd.grad(output, packed, grad_output, create_graph=True)[0]
-    if is_plain_eager(packed, packed) and type(grad_output) in PLAIN_TYPES and not grad_output.is_neg():
+    if is_plain_eager(packed, packed) and is_plain_gradient(grad_output):
         return _backward(grad_output, packed, ctx.channels, *ctx.scalars)
     return _backward_op(grad_output, packed, ctx.channels, *ctx.scalars)
 

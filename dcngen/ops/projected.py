@@ -11,7 +11,15 @@ import torch.nn.functional as F
 
 from . import launch
 from .backends import native_library
-from .dcnv4 import PLAIN_TYPES, SCALARS, is_plain_eager, library, needs_reference, register_autocast, scalars_of
+from .dcnv4 import (
+    SCALARS,
+    is_plain_eager,
+    is_plain_gradient,
+    library,
+    needs_reference,
+    register_autocast,
+    scalars_of,
+)
 from .geometry import split_packed
 from .packed import _backward as _packed_backward
 from .packed import dcnv4_packed
@@ -61,10 +69,11 @@ def dcnv4_packed_linear(
     Raises:
         TypeError, ValueError, NativeLibraryError, RuntimeError: as `dcnv4_packed` and `F.linear`.
     """
+    if not isinstance(packed, torch.Tensor):
+        raise TypeError(f"packed: expected a torch.Tensor, got {type(packed).__name__}")
     scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (packed, weight, bias))
-    compiling = torch.compiler.is_compiling()
-    if (not compiling and needs_reference()) or not _is_one_kernel(packed, weight, channels, scalars):
+    if needs_reference() or not _is_one_kernel(packed, weight, channels, scalars):
         output = dcnv4_packed(
             packed,
             channels=channels,
@@ -78,7 +87,7 @@ def dcnv4_packed_linear(
             softmax=softmax,
         )
         return F.linear(output, weight, bias)
-    if compiling or not is_plain_eager(packed, weight):
+    if torch.compiler.is_compiling() or not is_plain_eager(packed, weight):
         return _op(packed, weight, bias, channels, needs_grad, *scalars)[0]
     if needs_grad:
         return _EagerLinear.apply(packed, weight, bias, channels, scalars)
@@ -148,8 +157,8 @@ def _gradients(ctx, grad):
     flat = grad.flatten(0, 2)
     of_packed = of_weight = of_bias = None
     if wanted[0]:
-        of_output = (flat @ weight).view(output.shape)
-        plain = is_plain_eager(packed, weight) and type(of_output) in PLAIN_TYPES and not grad.is_neg()
+        of_output = (flat @ weight).view(output.shape).to(packed.dtype)  # a backward under autocast chooses its own
+        plain = is_plain_eager(packed, weight) and is_plain_gradient(of_output) and not grad.is_neg()
         of_packed = (_packed_backward if plain else _backward_op)(of_output, packed, ctx.channels, *ctx.scalars)
     if wanted[1]:
         of_weight = flat.t() @ output.flatten(0, 2)
