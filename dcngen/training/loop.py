@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 
 from dcngen.config import TrainConfig
 from dcngen.training.batches import LatentBatches
-from dcngen.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from dcngen.training.checkpoint import (
+    Progress,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dcngen.training.ema import EMA
 from dcngen.training.interrupt import StopRequest
 from dcngen.training.logs import LoopClock, RunLog
@@ -140,8 +146,8 @@ class Trainer:
                     self._sample(step)
                 if stopping and not last:
                     raise Interrupted(
-                        f"stopped at step {step} of {total}; the checkpoint {latest_checkpoint(self.checkpoints)} is "
-                        f"complete, and the same command with --resume continues"
+                        f"stopped at step {step} of {total}; the checkpoint {checkpoint_path(self.checkpoints, step)} "
+                        f"is complete, and the same command with --resume continues"
                     )
 
     def _step(self, step: int) -> None:

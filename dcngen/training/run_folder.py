@@ -13,7 +13,7 @@ from pathlib import Path
 from dcngen.config import Command, TrainConfig, load_run_config
 from dcngen.config.loader import LATEST, to_yaml
 from dcngen.data.files import atomic_file
-from dcngen.training.checkpoint import clean_unfinished, latest_checkpoint
+from dcngen.training.checkpoint import clean_unfinished, latest_checkpoint, remove_later_checkpoints
 
 # Keys that may change when a run continues: they say where and how it runs, not what it computes.
 _FREE = ("name", "output_dir", "logging", "sampling", "checkpoint", "data.cache_dir", "data.source", "data.reference")
@@ -113,6 +113,18 @@ def open_run(run: RunFolder, command: Command) -> None:
     clean_unfinished(run.checkpoints)
     with atomic_file(run.path / "config.yaml") as partial:
         partial.write_text(to_yaml(command.config))
+
+
+def continue_run(run: RunFolder, step: int) -> None:
+    """Make the folder one of a run at `step`, once the checkpoint of that step is loaded and training goes on there.
+
+    Later checkpoints, of a branch that is given up by naming an older one, are removed: by their step they would count
+    as the newest ones, so that the next --resume returned to that branch.
+    """
+    later = remove_later_checkpoints(run.checkpoints, step)
+    if later:
+        names = ", ".join(path.name for path in later)
+        print(f"continuing {run.path} at step {step:,}: removed its later checkpoints ({names})")
 
 
 def _require_same_run(config: TrainConfig, saved: TrainConfig, path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dcngen.diffusion import LatentDiffusionPipeline
 from dcngen.training import Interrupted, loop
+from dcngen.training.checkpoint import list_checkpoints
 from dcngen.training.logs import read_metrics
 
 FILES = ("unet/diffusion_pytorch_model", "unet_ema/diffusion_pytorch_model", "optimizer")
@@ -90,6 +91,28 @@ def test_ctrl_c_saves_a_checkpoint_that_continues_exactly(uninterrupted, script,
     resumed = script.train(command("--name", "stopped", "--resume"))
     assert resumed.checkpoint.name == "step-00000003"
     assert_identical(weights(resumed, 6), weights(uninterrupted, 6))
+
+
+def test_going_back_to_an_older_checkpoint_gives_the_later_ones_up(script, command, monkeypatch, capsys):
+    often = ("--name", "back", "--checkpoint.checkpointing_steps", "2", "--checkpoint.checkpoints_total_limit", "2")
+    run = script.train(command(*often))
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000006"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_agree_to_stop", lambda self, *_: self.state.progress.step == 5)
+        with pytest.raises(Interrupted, match=r"the checkpoint .*step-00000005 is complete"):
+            script.train(command(*often, "--resume", str(run.checkpoints / "step-00000004")))
+    assert "at step 4: removed its later checkpoints (step-00000006)" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000005"]
+    assert script.train(command(*often, "--resume")).checkpoint.name == "step-00000005"
+
+
+def test_a_checkpoint_that_does_not_load_costs_no_later_one(script, command):
+    run = script.train(command("--name", "stays"))
+    named = ("--resume", str(run.checkpoints / "step-00000004"))
+    with pytest.raises(ValueError, match="now it would be 16"):
+        script.train(command("--name", "stays", *named, "--train.train_batch_size", "8"))
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000006"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(script, command, monkeypatch):
