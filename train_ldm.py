@@ -46,7 +46,7 @@ def train(command: Command) -> training.RunFolder:
     if run.checkpoint:
         training.resume(state, run.checkpoint)
         if accelerator.is_main_process:
-            training.continue_run(run, state.progress.step)
+            training.continue_run(run, config, state.progress.step)
     class_names = images.class_names if training.has_classes(config.model, images.num_classes) else None
     pipeline = training.build_pipeline(state.ema.model, autoencoder.vae, config.objective, class_names)
 

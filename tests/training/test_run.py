@@ -134,6 +134,32 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(script, command, capsy
     assert before == {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     longer = script.train(command(*small, "--train.max_train_steps", "3", "--resume"))
     assert json.loads((longer.path / "run.json").read_text())["step"] == 3
+    assert LatentDiffusionPipeline.from_pretrained(longer.pipeline)
+
+
+def test_a_run_that_goes_on_has_no_pipeline_until_its_end(script, command, monkeypatch):
+    small = ("--name", "longer", "--train.max_train_steps", "2", "--schedule.lr_scheduler", "constant")
+    run = script.train(command(*small))
+    before = (run.path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="now it would be 16"):
+        script.train(command(*small, "--resume", "--train.max_train_steps", "4", "--train.train_batch_size", "8"))
+    assert run.pipeline.is_dir() and (run.path / "config.yaml").read_text() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_agree_to_stop", lambda self, *_: self.state.progress.step == 3)
+        with pytest.raises(Interrupted):
+            script.train(command(*small, "--resume", "--train.max_train_steps", "4"))
+    assert not run.pipeline.exists() and "max_train_steps: 4" in (run.path / "config.yaml").read_text()
+
+
+def test_a_total_below_the_checkpoint_is_refused(script, command):
+    small = ("--name", "shorter", "--schedule.lr_scheduler", "constant")
+    run = script.train(command(*small))
+    with pytest.raises(ValueError, match=r"expected at least 6, where .*step-00000006 continues, got 5"):
+        script.train(command(*small, "--resume", "--train.max_train_steps", "5"))
+    with pytest.raises(ValueError, match=r"expected at least 4, where .*step-00000004 continues, got 3"):
+        named = str(run.checkpoints / "step-00000004")
+        script.train(command(*small, "--resume", named, "--train.max_train_steps", "3"))
+    assert run.pipeline.is_dir() and "max_train_steps: 6" in (run.path / "config.yaml").read_text()
 
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed(script, command):
