@@ -63,8 +63,10 @@ def train(command: Command) -> training.RunFolder:
     try:
         trainer.fit()
         if accelerator.is_main_process:
-            training.save_pipeline(pipeline, run.pipeline)
+            training.save_pipeline(pipeline, run.pipeline)  # before the grid: a grid that fails must not cost it
+            sample(state.progress.step)
             log.finish(state.progress)
+        accelerator.wait_for_everyone()
     finally:
         accelerator.end_training()
     accelerator.print(f"{run.path}: finished; draw pictures with `python sample.py --run {run.path} --num-images 16`")

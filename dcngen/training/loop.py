@@ -74,7 +74,7 @@ class Trainer:
         batches: the batch of any step.
         checkpoints: the folder of checkpoints.
         log: what is written down.
-        sample: called with the step, on the main process, for the pictures on the way.
+        sample: called with the step, on the main process, for the pictures on the way (not for the last ones).
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Trainer:
                     self._log(bar, progress, base_seconds)
                 if last or stopping or _due(step, config.checkpoint.checkpointing_steps):
                     self._save()
-                if not stopping and (last or _due(step, config.sampling.sample_steps)):
+                if not (stopping or last) and _due(step, config.sampling.sample_steps):
                     self._sample(step)
                 if stopping and not last:
                     raise Interrupted(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dcngen.diffusion import LatentDiffusionPipeline
-from dcngen.training import Interrupted, loop
+from dcngen.training import Interrupted, find_run, loop
 from dcngen.training.checkpoint import list_checkpoints
 from dcngen.training.logs import read_metrics
 
@@ -137,6 +137,21 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(script, command, capsy
     assert LatentDiffusionPipeline.from_pretrained(longer.pipeline)
 
 
+def test_a_last_grid_that_fails_costs_no_pipeline(script, command, monkeypatch):
+    small = ("--name", "gridless", "--train.max_train_steps", "1")
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(script.training, "sample_grid", fail)
+        script.train(command(*small))
+    run = find_run(command(*small, "--resume"))
+    assert LatentDiffusionPipeline.from_pretrained(run.pipeline) and not run.finished
+    script.train(command(*small, "--resume"))
+    assert (run.samples / "step-00000001.png").is_file() and find_run(command(*small, "--resume")).finished
+
+
 def test_a_run_that_goes_on_has_no_pipeline_until_its_end(script, command, monkeypatch):
     small = ("--name", "longer", "--train.max_train_steps", "2", "--schedule.lr_scheduler", "constant")
     run = script.train(command(*small))
@@ -196,6 +211,11 @@ def write(folder, config):
 
     (folder / "c.yaml").write_text(to_yaml(config))
     return folder / "c.yaml"
+
+
+def test_a_dry_run_refuses_what_could_not_be_sampled(script, capsys):
+    assert script.main(["--dry-run", "--sampling.sampler", "ddim", "--objective.prediction_type", "flow"]) == 1
+    assert "sampling.sampler ddim" in capsys.readouterr().err
 
 
 def test_user_errors_are_one_line_and_status_1(script, capsys):
