@@ -70,7 +70,8 @@ class FolderSource(Source):
 
     @property
     def fingerprint(self) -> str:
-        lines = []
+        # With its place: equal names, sizes and times (a copy keeps them, an archive sets them) are not equal pictures.
+        lines = [str(self.root.resolve())]
         for path in self.paths:
             stat = path.stat()
             lines.append(f"{path.relative_to(self.root)}:{stat.st_size}:{stat.st_mtime_ns}")

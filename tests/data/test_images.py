@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import pickle
 import shutil
 
@@ -70,6 +71,18 @@ def test_digest_follows_content_not_place(image_folder, tmp_path, picture):
     assert open_images(config_for(moved, tmp_path / "other"), progress=False).digest == first.digest
     picture(999).save(moved / "train" / "cat" / "000.png")
     assert open_images(config_for(moved, tmp_path), progress=False).digest != first.digest
+
+
+def test_folders_that_differ_in_content_alone_share_no_cache(tmp_path):
+    shades = []
+    for place, shade in (("a", 0), ("b", 255)):
+        file = tmp_path / place / "pics" / "x" / "0.bmp"
+        file.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (shade,) * 3).save(file)
+        os.utime(file, (1, 1))
+        pictures = open_images(config_for(tmp_path / place / "pics", tmp_path), progress=False)
+        shades.append(int(pictures[0][0].max()))
+    assert shades == [0, 255]
 
 
 def test_limit_takes_pictures_evenly(image_folder, tmp_path):
