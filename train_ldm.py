@@ -45,6 +45,8 @@ def train(command: Command) -> training.RunFolder:
     state = build_state(config, accelerator, latents.shape, images.num_classes)
     if run.checkpoint:
         training.resume(state, run.checkpoint)
+        if accelerator.is_main_process:
+            training.continue_run(run, config, state.progress.step)
     class_names = images.class_names if training.has_classes(config.model, images.num_classes) else None
     pipeline = training.build_pipeline(state.ema.model, autoencoder.vae, config.objective, class_names)
 
@@ -61,8 +63,10 @@ def train(command: Command) -> training.RunFolder:
     try:
         trainer.fit()
         if accelerator.is_main_process:
-            training.save_pipeline(pipeline, run.pipeline)
+            training.save_pipeline(pipeline, run.pipeline)  # before the grid: a grid that fails must not cost it
+            sample(state.progress.step)
             log.finish(state.progress)
+        accelerator.wait_for_everyone()
     finally:
         accelerator.end_training()
     accelerator.print(f"{run.path}: finished; draw pictures with `python sample.py --run {run.path} --num-images 16`")

@@ -13,6 +13,7 @@ from typing import get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from dcngen.config.checks import check_sampling
 from dcngen.config.options import TrainConfig
 from dcngen.config.presets import PRESETS
 
@@ -51,7 +52,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Command:
 
     Raises:
         ValueError: an unknown key (the message names the nearest one), a value of the wrong type or out of range, a
-            preset or file that is not there.
+            sampler that the objective cannot use, a preset or file that is not there.
         SystemExit: after --help or --print_config.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -71,6 +72,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> Command:
     except ArgumentError as error:
         raise ValueError(f"configuration: {error}") from error
     config = build(TrainConfig, values)
+    check_sampling(config)
     if config.name is None:
         config.name = Path(files[-1]).stem if files else Path(config.data.name).name.replace(":", "-")
     return Command(config, values["resume"], values["overwrite"], values["dry_run"])

@@ -1,5 +1,7 @@
 """Files that are whole or absent: hashing, atomic replacement, and archives fetched by a package manager."""
 
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -56,6 +58,57 @@ def atomic_file(target: Path):
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path, notice: str | None = None):
+    """Let one process at a time work in ``folder``, made if need be; the others wait, having printed ``notice``.
+
+    An advisory lock (flock) on ``folder/.lock``, which the system lets go of when its process ends, however it ends.
+    Where nothing can be written, or the file system knows no locks, the block runs without one.
+    """
+    lock = None
+    try:
+        lock = _open_locked(Path(folder) / ".lock", notice)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        if lock is not None:
+            (Path(folder) / ".lock").unlink(missing_ok=True)
+            os.close(lock)
+
+
+_NO_LOCKS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+def _open_locked(path: Path, notice: str | None) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if notice:
+                    print(notice, flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if _lies_at(path, handle):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _lies_at(path: Path, handle: int) -> bool:
+    """Whether the open file is the one at ``path``: who held the lock before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def installed_file(distribution: str, relative_path: str) -> Path | None:

@@ -34,7 +34,8 @@ class ImageSet(Dataset):
         labels: (N,) int64 array.
         class_names: names by label.
         digest: SHA-256 (hexadecimal) over pictures, labels, class names and the preprocessing rule; for a set too
-            large to keep as pixels (beyond ``$DCNGEN_PIXEL_CACHE_GB``, 32 by default) over its file list instead.
+            large to keep as pixels (beyond ``$DCNGEN_PIXEL_CACHE_GB``, 32 by default) over its place and its
+            list of files instead.
         name, split, provenance: what the set is, which part of it (``train`` or ``held-out``), where it is from.
         horizontal_flip: whether training should see mirrored pictures too; the items themselves are never mirrored.
     """

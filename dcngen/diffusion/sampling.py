@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 import dcngen
+from dcngen.data.files import exclusive
 from dcngen.diffusion.digests import pipeline_digest
 from dcngen.diffusion.folder import SampleFolder
 from dcngen.diffusion.pipeline import LatentDiffusionPipeline
@@ -46,7 +47,7 @@ def sample_images(
     batches. So a picture is computed among the same neighbours whatever the number of processes,
     and comes out the same to the last bit (on a CPU thanks to `_generate`). Another batch size, device or library
     version changes last bits of the arithmetic, and with them a few grey levels by one.
-    Called again after an interruption, it draws only what is missing.
+    Called again after an interruption, it draws only what is missing; called by two commands at once, the second waits.
 
     Args:
         pipeline: on its device. Its scheduler says what the model predicts; the plan chooses the sampler.
@@ -77,18 +78,23 @@ def sample_images(
     record = _record(pipeline, plan, batch_size, world)
 
     folder.refuse_mix(record)
-    missing = [batch for batch in batches if not folder.holds(batch)]
-    wait()  # every process has looked before the first one writes
-    started = time.perf_counter()
-    if rank == 0 and missing:
-        folder.write_record(record)
-    _draw_and_write(pipeline, plan, folder, missing[rank::world], batch_size, progress and rank == 0)
-    wait()
-    if rank == 0:
-        folder.assemble(save_npz)
-        if missing or not folder.read_record()["complete"]:
-            drawn = {"num_drawn": sum(map(len, missing)), "seconds": round(time.perf_counter() - started, 3)}
-            folder.write_record(record | {"complete": True} | drawn)
+    notice = f"another command samples into {folder.path}; waiting for it" if progress else None
+    # Two commands may want the same pictures, as comparisons that share a run do: the second finds them done.
+    with exclusive(folder.path, notice) if rank == 0 else nullcontext():
+        wait()
+        folder.refuse_mix(record)
+        missing = [batch for batch in batches if not folder.holds(batch)]
+        wait()  # every process has looked before the first one writes
+        started = time.perf_counter()
+        if rank == 0 and missing:
+            folder.write_record(record)
+        _draw_and_write(pipeline, plan, folder, missing[rank::world], batch_size, progress and rank == 0)
+        wait()
+        if rank == 0:
+            folder.assemble(save_npz)
+            if missing or not folder.read_record()["complete"]:
+                drawn = {"num_drawn": sum(map(len, missing)), "seconds": round(time.perf_counter() - started, 3)}
+                folder.write_record(record | {"complete": True} | drawn)
     wait()
     return folder.path
 

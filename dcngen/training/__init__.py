@@ -10,7 +10,7 @@ from dcngen.training.grids import arrange_grid, build_pipeline, sample_grid, sav
 from dcngen.training.logs import RunLog
 from dcngen.training.loop import Interrupted, Trainer, TrainState, resume
 from dcngen.training.record import describe_run
-from dcngen.training.run_folder import RunFolder, find_run, open_run
+from dcngen.training.run_folder import RunFolder, continue_run, find_run, open_run
 from dcngen.training.start import start_accelerator
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "build_optimizer",
     "build_pipeline",
     "build_unet",
+    "continue_run",
     "describe",
     "describe_run",
     "find_run",

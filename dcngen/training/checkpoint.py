@@ -49,18 +49,22 @@ class Progress:
 
 
 def save_checkpoint(folder: Path, model, ema: EMA, optimizer, progress: Progress, keep: int) -> Path:
-    """Write checkpoints/step-N under a temporary name, force it to the disk, rename it, drop all but the newest `keep`.
+    """Write checkpoints/step-N under a temporary name, force it to the disk, rename it; keep it and the newest others.
 
     A crash at any moment leaves either the whole checkpoint or a hidden folder that the next `clean` removes.
+
+    Args:
+        keep: how many checkpoints may stay, at least 1: the one written here, whatever its step, among them.
     """
-    target = Path(folder) / f"step-{progress.step:08d}"
+    target = checkpoint_path(folder, progress.step)
     with replaced_directory(target) as scratch:
         model.save_pretrained(scratch / "unet", max_shard_size=_ONE_FILE)
         ema.model.save_pretrained(scratch / "unet_ema", max_shard_size=_ONE_FILE)
         save_file(_optimizer_tensors(model, optimizer), scratch / "optimizer.safetensors")
         (scratch / STATE_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    others = [path for path in list_checkpoints(folder) if path != target]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        remove_directory(old)
     return target
 
 
@@ -72,24 +76,54 @@ def load_checkpoint(folder: Path, model, ema: EMA, optimizer) -> Progress:
         ValueError: of another model, or with another optimizer's state.
     """
     folder = Path(folder)
-    if not (folder / STATE_FILE).is_file():
-        raise FileNotFoundError(f"{folder} is not a complete checkpoint: no {STATE_FILE} in it; name a step-* folder")
-    progress = Progress(**json.loads((folder / STATE_FILE).read_text()))
+    progress = read_progress(folder)
     for module, name in ((model, "unet"), (ema.model, "unet_ema")):
         _load_weights(module, folder / name / SAFETENSORS_WEIGHTS_NAME)
     _load_optimizer(model, optimizer, folder / "optimizer.safetensors")
     return progress
 
 
+def read_progress(folder: Path) -> Progress:
+    """How far the run was when this checkpoint was written.
+
+    Raises:
+        FileNotFoundError: not a complete checkpoint.
+    """
+    file = Path(folder) / STATE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a complete checkpoint: no {STATE_FILE} in it; name a step-* folder")
+    return Progress(**json.loads(file.read_text()))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in the folder of checkpoints."""
+    return Path(folder) / f"step-{step:08d}"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in Path(folder).glob("step-*") if _NAME.fullmatch(p.name) and (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=_step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; None where there is none."""
     return next(reversed(list_checkpoints(folder)), None)
+
+
+def remove_later_checkpoints(folder: Path, step: int) -> list[Path]:
+    """Remove the checkpoints beyond `step`; returns what they were, oldest first."""
+    later = [path for path in list_checkpoints(folder) if _step_of(path) > step]
+    for path in reversed(later):
+        remove_directory(path)
+    return later
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a folder that must be whole or absent: a crash half-way leaves a hidden one, which nobody reads."""
+    hidden = path.with_name(f".{path.name}-removed")
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def clean_unfinished(folder: Path) -> None:
@@ -115,6 +149,10 @@ def replaced_directory(target: Path):
     finally:
         for rest in target.parent.glob(f".{target.name}-*"):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 
 from dcngen.config import TrainConfig
 from dcngen.training.batches import LatentBatches
-from dcngen.training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from dcngen.training.checkpoint import (
+    Progress,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dcngen.training.ema import EMA
 from dcngen.training.interrupt import StopRequest
 from dcngen.training.logs import LoopClock, RunLog
@@ -68,7 +74,7 @@ class Trainer:
         batches: the batch of any step.
         checkpoints: the folder of checkpoints.
         log: what is written down.
-        sample: called with the step, on the main process, for the pictures on the way.
+        sample: called with the step, on the main process, for the pictures on the way (not for the last ones).
     """
 
     def __init__(
@@ -136,12 +142,12 @@ class Trainer:
                     self._log(bar, progress, base_seconds)
                 if last or stopping or _due(step, config.checkpoint.checkpointing_steps):
                     self._save()
-                if not stopping and (last or _due(step, config.sampling.sample_steps)):
+                if not (stopping or last) and _due(step, config.sampling.sample_steps):
                     self._sample(step)
                 if stopping and not last:
                     raise Interrupted(
-                        f"stopped at step {step} of {total}; the checkpoint {latest_checkpoint(self.checkpoints)} is "
-                        f"complete, and the same command with --resume continues"
+                        f"stopped at step {step} of {total}; the checkpoint {checkpoint_path(self.checkpoints, step)} "
+                        f"is complete, and the same command with --resume continues"
                     )
 
     def _step(self, step: int) -> None:

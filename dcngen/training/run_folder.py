@@ -13,7 +13,13 @@ from pathlib import Path
 from dcngen.config import Command, TrainConfig, load_run_config
 from dcngen.config.loader import LATEST, to_yaml
 from dcngen.data.files import atomic_file
-from dcngen.training.checkpoint import clean_unfinished, latest_checkpoint
+from dcngen.training.checkpoint import (
+    clean_unfinished,
+    latest_checkpoint,
+    read_progress,
+    remove_directory,
+    remove_later_checkpoints,
+)
 
 # Keys that may change when a run continues: they say where and how it runs, not what it computes.
 _FREE = ("name", "output_dir", "logging", "sampling", "checkpoint", "data.cache_dir", "data.source", "data.reference")
@@ -67,8 +73,8 @@ def find_run(command: Command) -> RunFolder:
 
     Raises:
         FileExistsError: the run exists, and neither --resume nor --overwrite was given.
-        FileNotFoundError: --resume names a checkpoint that is not there.
-        ValueError: --resume with a configuration that would make it another run.
+        FileNotFoundError: --resume names a checkpoint that is not there, or not complete.
+        ValueError: --resume with a configuration that would make it another run, or that ends before the checkpoint.
     """
     config = command.config
     run = RunFolder(config.run_folder)
@@ -84,6 +90,7 @@ def find_run(command: Command) -> RunFolder:
             )
         if (run.path / "config.yaml").is_file():
             _require_same_run(config, load_run_config(run.path / "config.yaml"), run.path)
+        _require_steps_left(checkpoint, config)
         return RunFolder(run.path, checkpoint)
     if not (run.path / "config.yaml").is_file():
         return run
@@ -94,11 +101,17 @@ def find_run(command: Command) -> RunFolder:
     _require_same_run(config, load_run_config(run.path / "config.yaml"), run.path)
     record = run.read_record()
     finished = record.get("status") == "finished" and record.get("step") == config.train.max_train_steps
-    return RunFolder(run.path, latest_checkpoint(run.checkpoints), finished and run.pipeline.is_dir())
+    finished = finished and run.pipeline.is_dir()
+    checkpoint = latest_checkpoint(run.checkpoints)
+    if checkpoint and not finished:
+        _require_steps_left(checkpoint, config)
+    return RunFolder(run.path, checkpoint, finished)
 
 
 def open_run(run: RunFolder, command: Command) -> None:
     """Make the folder ready: delete it (--overwrite), clean up after a crash, save the resolved configuration.
+
+    A run that continues keeps its own configuration and pipeline until `continue_run`: its checkpoint may not load.
 
     Raises:
         FileExistsError: --overwrite on a folder that is no run.
@@ -111,8 +124,38 @@ def open_run(run: RunFolder, command: Command) -> None:
         shutil.rmtree(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
     clean_unfinished(run.checkpoints)
+    if not run.checkpoint:
+        _begin(run, command.config)
+
+
+def continue_run(run: RunFolder, config: TrainConfig, step: int) -> None:
+    """Make the folder one of a run at `step`, once the checkpoint of that step is loaded and training goes on there.
+
+    Later checkpoints, of a branch that is given up by naming an older one, are removed: by their step they would count
+    as the newest ones, so that the next --resume returned to that branch.
+    """
+    later = remove_later_checkpoints(run.checkpoints, step)
+    if later:
+        names = ", ".join(path.name for path in later)
+        print(f"continuing {run.path} at step {step:,}: removed its later checkpoints ({names})")
+    _begin(run, config)
+
+
+def _begin(run: RunFolder, config: TrainConfig) -> None:
+    """No pipeline before the configuration: an older one would pass for what the configuration makes."""
+    if run.pipeline.is_dir():
+        remove_directory(run.pipeline)
     with atomic_file(run.path / "config.yaml") as partial:
-        partial.write_text(to_yaml(command.config))
+        partial.write_text(to_yaml(config))
+
+
+def _require_steps_left(checkpoint: Path, config: TrainConfig) -> None:
+    step, total = read_progress(checkpoint).step, config.train.max_train_steps
+    if step > total:
+        raise ValueError(
+            f"train.max_train_steps: expected at least {step}, where {checkpoint} continues, got {total}; raise it, "
+            "name an older checkpoint with --resume PATH, or start over with --overwrite"
+        )
 
 
 def _require_same_run(config: TrainConfig, saved: TrainConfig, path: Path) -> None:

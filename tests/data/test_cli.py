@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,12 @@ def test_data_command_prepares_counts_and_draws(image_folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "cat" in out and "8 pictures" in out and "4 pictures (held-out)" in out and str(sheet) in out
     assert Image.open(sheet).size[1] == 2 * (96 + 28 + 4)
+
+
+def test_a_class_that_is_not_held_out_counts_none(image_folder, tmp_path, capsys):
+    shutil.rmtree(image_folder / "test" / "dog")
+    assert cli.main(["data", str(image_folder), "--image-size", "8", "--cache-dir", str(tmp_path / "c")]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if "dog" in line] == [["dog", "3", "0"]]
 
 
 def test_user_errors_are_one_line_not_a_traceback(tmp_path, capsys):

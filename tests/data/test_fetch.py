@@ -1,6 +1,9 @@
+import errno
 import gzip
 import io
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -87,6 +90,34 @@ def test_atomic_writes_leave_the_old_file_on_failure(tmp_path):
         (scratch / "a").write_text("half")
         raise KeyError
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_one_at_a_time_works_in_a_folder(tmp_path):
+    """The file of the lock goes with each holder; whoever waited for it must not share the folder with the next."""
+    inside, most = [], []
+
+    def work(number):
+        for _ in range(20):
+            with files.exclusive(tmp_path / "shared"):
+                inside.append(number)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert max(most) == 1 and len(most) == 80 and list((tmp_path / "shared").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EROFS])
+def test_without_locks_the_work_is_done_all_the_same(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(files.fcntl, "flock", fail)
+    with files.exclusive(tmp_path):
+        (tmp_path / "done").touch()
+    assert (tmp_path / "done").is_file()
 
 
 def test_loser_of_a_race_keeps_the_winners_folder(tmp_path):

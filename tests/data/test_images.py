@@ -1,4 +1,7 @@
+import dataclasses
+import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -33,6 +36,23 @@ def test_items_are_the_cropped_and_resized_files(image_folder, tmp_path):
     assert np.array_equal(train[6][0].permute(1, 2, 0).numpy(), expected)
 
 
+def test_the_held_out_part_numbers_the_classes_as_training_does(image_folder, tmp_path, picture):
+    (image_folder / "train" / "eel").mkdir()
+    picture(300).save(image_folder / "train" / "eel" / "000.png")
+    config = config_for(image_folder, tmp_path)
+    shutil.rmtree(image_folder / "test" / "cat")
+    reference = open_images(config, "reference", progress=False)
+    assert reference.class_names == ["cat", "dog", "eel"] and reference.class_counts == [0, 2, 0]
+    # Another class in training moves the numbers of an unchanged held-out part: the cache must not answer.
+    (image_folder / "train" / "ant").mkdir()
+    picture(301).save(image_folder / "train" / "ant" / "000.png")
+    assert open_images(config, "reference", progress=False).class_counts == [0, 0, 2, 0]
+    (image_folder / "test" / "fox").mkdir()
+    picture(302).save(image_folder / "test" / "fox" / "000.png")
+    with pytest.raises(ValueError, match=r"test expected the classes of the training pictures .*got fox too"):
+        open_images(config, "reference", progress=False)
+
+
 def test_folder_without_a_held_out_part_compares_with_train(image_folder, tmp_path):
     config = config_for(image_folder / "train", tmp_path)
     assert open_images(config, "reference", progress=False).digest == open_images(config, progress=False).digest
@@ -51,6 +71,18 @@ def test_digest_follows_content_not_place(image_folder, tmp_path, picture):
     assert open_images(config_for(moved, tmp_path / "other"), progress=False).digest == first.digest
     picture(999).save(moved / "train" / "cat" / "000.png")
     assert open_images(config_for(moved, tmp_path), progress=False).digest != first.digest
+
+
+def test_folders_that_differ_in_content_alone_share_no_cache(tmp_path):
+    shades = []
+    for place, shade in (("a", 0), ("b", 255)):
+        file = tmp_path / place / "pics" / "x" / "0.bmp"
+        file.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (shade,) * 3).save(file)
+        os.utime(file, (1, 1))
+        pictures = open_images(config_for(tmp_path / place / "pics", tmp_path), progress=False)
+        shades.append(int(pictures[0][0].max()))
+    assert shades == [0, 255]
 
 
 def test_limit_takes_pictures_evenly(image_folder, tmp_path):
@@ -154,6 +186,43 @@ def test_hub_name_is_loaded_split_by_split(tmp_path, picture, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(RuntimeError, match=r"neither a preset, nor a folder here.*no route"):
         open_images(DataConfig(name="owner/fish", cache_dir=str(tmp_path)), progress=False)
+
+
+def hub_splits(monkeypatch, label_type, **splits):
+    """Let the hub have one data set, with these labels by split."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": label_type(datasets)})
+    small = Image.new("RGB", (8, 8))
+
+    def part(labels):
+        return datasets.Dataset.from_dict({"image": [small] * len(labels), "label": labels}, features=features)
+
+    loaded = {key: part(labels) for key, labels in splits.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+
+
+@pytest.mark.parametrize("kind", ["ClassLabel", "Value"])
+def test_hub_split_with_hidden_labels_is_passed_over(tmp_path, monkeypatch, kind):
+    def label_type(datasets):
+        return datasets.ClassLabel(names=["x", "y"]) if kind == "ClassLabel" else datasets.Value("int64")
+
+    hub_splits(monkeypatch, label_type, train=[0, 1, 0], validation=[1, 0], test=[-1] * 4)
+    config = DataConfig(name="owner/birds", image_size=8, cache_dir=str(tmp_path), label_column="label")
+    assert open_images(config, "reference", progress=False).labels.tolist() == [1, 0]
+    hub_splits(monkeypatch, label_type, train=[0, 1, 0], test=[-1] * 4)
+    assert open_images(config, "reference", progress=False).split == "train"
+    with pytest.raises(ValueError, match="no held-out part"):
+        open_images(dataclasses.replace(config, reference="held-out"), "reference", progress=False)
+
+
+def test_hub_classes_without_a_type_are_numbered_as_in_training(tmp_path, monkeypatch):
+    config = DataConfig(name="owner/birds", image_size=8, cache_dir=str(tmp_path), label_column="label")
+    hub_splits(monkeypatch, lambda datasets: datasets.Value("string"), train=["owl", "jay", "tit"], test=["tit", "owl"])
+    reference = open_images(config, "reference", progress=False)
+    assert reference.class_names == ["jay", "owl", "tit"] and reference.labels.tolist() == [2, 1]
+    hub_splits(monkeypatch, lambda datasets: datasets.Value("string"), train=["owl", "jay"], test=["tit", "owl"])
+    with pytest.raises(ValueError, match="got tit too"):
+        open_images(config, "reference", progress=False)
 
 
 @pytest.mark.parametrize(

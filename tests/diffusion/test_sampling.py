@@ -1,6 +1,7 @@
 """Sampling to a folder: resumable, never mixed, and independent of batches, threads and processes."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -156,6 +157,29 @@ def test_shares_make_up_the_whole(pipeline, sampled, tmp_path, world):
     assert set(folders) == {tmp_path / "b"}
     assert pictures(tmp_path / "b") == pictures(sampled)
     assert json.loads((tmp_path / "b" / "plan.json").read_text())["num_drawn"] == 7
+
+
+def test_two_commands_at_once_draw_the_pictures_once(pipeline, sampled, tmp_path, monkeypatch, capsys):
+    import dcngen.diffusion.folder as folder_module
+
+    written, both = [], Barrier(2, timeout=60)
+
+    def write_slowly(*arguments, write=folder_module.write_npz):
+        written.append(arguments[0])
+        time.sleep(0.5)  # long enough for the other one to get as far, were it not waiting
+        write(*arguments)
+
+    def sample(_):
+        both.wait()
+        return sample_images(pipeline, PLAN, tmp_path / "b", batch_size=4, save_png=False, save_npz=True)
+
+    monkeypatch.setattr(folder_module, "write_npz", write_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(sample, range(2))) == [tmp_path / "b"] * 2
+    assert len(written) == 1 and "another command samples into" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["grid.png", "plan.json", "samples.npz"]
+    with np.load(tmp_path / "b" / "samples.npz") as one, np.load(sampled / "samples.npz") as other:
+        assert np.array_equal(one["arr_0"], other["arr_0"])
 
 
 def test_dropout_is_off_while_sampling(pipeline, sampled, tmp_path, vae):

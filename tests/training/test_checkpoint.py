@@ -113,6 +113,32 @@ def test_only_the_newest_are_kept_by_number_and_rewriting_replaces(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["step-100000001"]
 
 
+def test_the_checkpoint_just_written_stays_whatever_its_step(tmp_path):
+    objects = make()
+    for step in (2000, 3000, 1500):
+        path = save_checkpoint(tmp_path, *objects, Progress(step=step), keep=2)
+    assert path.is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["step-00001500", "step-00003000"]
+    save_checkpoint(tmp_path, *objects, Progress(step=1600), keep=1)
+    assert os.listdir(tmp_path) == ["step-00001600"]
+
+
+def test_a_crash_while_deleting_leaves_no_broken_checkpoint(tmp_path, monkeypatch):
+    objects = make()
+    save_checkpoint(tmp_path, *objects, Progress(step=1), keep=1)
+
+    def crash(path, **_):
+        (path / "optimizer.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.shutil, "rmtree", crash)
+        save_checkpoint(tmp_path, *objects, Progress(step=2), keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    clean_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == ["step-00000002"]
+
+
 def test_another_model_is_refused(tmp_path):
     objects = make()
     train(*objects, steps=1)

@@ -57,6 +57,11 @@ def test_unknown_key_in_a_file_names_file_and_nearest(tmp_path):
             ["--train.compile=true", "--train.compile_mode=reduce-overhead", "--train.gradient_accumulation_steps=2"],
             "cannot accumulate",
         ),
+        (["--sampling.num_images", "0"], r"sampling\.num_images: expected at least 1"),
+        (["--sampling.seed", "-1"], r"sampling\.seed: expected 0 to"),
+        (["--sampling.sampler", "ddim", "--sampling.num_inference_steps", "30"], r"num_inference_steps 30: .*25 or 40"),
+        (["--sampling.num_inference_steps", "1001"], "expected 1 to 1000"),
+        (["--sampling.sampler", "ddim", "--objective.prediction_type", "flow"], "got a flow model; use euler"),
     ],
 )
 def test_wrong_values_are_refused(arguments, message):
@@ -69,6 +74,13 @@ def test_saved_configuration_reads_back_the_same(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_run_config(tmp_path / "config.yaml") == config
     assert config.model.conv_operator == ["conv", "conv", "dcnv4", "dcnv4"]
+
+
+def test_a_run_saved_with_a_sampler_that_does_not_fit_still_opens(tmp_path):
+    config = load_config(["--preset", "tiny"])
+    config.sampling.sampler, config.sampling.num_inference_steps = "ddim", 30
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run_config(tmp_path / "config.yaml") == config
 
 
 def test_resume_takes_a_path_or_nothing():

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from dcngen.diffusion import LatentDiffusionPipeline
-from dcngen.training import Interrupted, loop
+from dcngen.training import Interrupted, find_run, loop
+from dcngen.training.checkpoint import list_checkpoints
 from dcngen.training.logs import read_metrics
 
 FILES = ("unet/diffusion_pytorch_model", "unet_ema/diffusion_pytorch_model", "optimizer")
@@ -92,6 +93,28 @@ def test_ctrl_c_saves_a_checkpoint_that_continues_exactly(uninterrupted, script,
     assert_identical(weights(resumed, 6), weights(uninterrupted, 6))
 
 
+def test_going_back_to_an_older_checkpoint_gives_the_later_ones_up(script, command, monkeypatch, capsys):
+    often = ("--name", "back", "--checkpoint.checkpointing_steps", "2", "--checkpoint.checkpoints_total_limit", "2")
+    run = script.train(command(*often))
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000006"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_agree_to_stop", lambda self, *_: self.state.progress.step == 5)
+        with pytest.raises(Interrupted, match=r"the checkpoint .*step-00000005 is complete"):
+            script.train(command(*often, "--resume", str(run.checkpoints / "step-00000004")))
+    assert "at step 4: removed its later checkpoints (step-00000006)" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000005"]
+    assert script.train(command(*often, "--resume")).checkpoint.name == "step-00000005"
+
+
+def test_a_checkpoint_that_does_not_load_costs_no_later_one(script, command):
+    run = script.train(command("--name", "stays"))
+    named = ("--resume", str(run.checkpoints / "step-00000004"))
+    with pytest.raises(ValueError, match="now it would be 16"):
+        script.train(command("--name", "stays", *named, "--train.train_batch_size", "8"))
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000006"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(script, command, monkeypatch):
     original = loop.Trainer._loss
     monkeypatch.setattr(
@@ -111,6 +134,47 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(script, command, capsy
     assert before == {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     longer = script.train(command(*small, "--train.max_train_steps", "3", "--resume"))
     assert json.loads((longer.path / "run.json").read_text())["step"] == 3
+    assert LatentDiffusionPipeline.from_pretrained(longer.pipeline)
+
+
+def test_a_last_grid_that_fails_costs_no_pipeline(script, command, monkeypatch):
+    small = ("--name", "gridless", "--train.max_train_steps", "1")
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(script.training, "sample_grid", fail)
+        script.train(command(*small))
+    run = find_run(command(*small, "--resume"))
+    assert LatentDiffusionPipeline.from_pretrained(run.pipeline) and not run.finished
+    script.train(command(*small, "--resume"))
+    assert (run.samples / "step-00000001.png").is_file() and find_run(command(*small, "--resume")).finished
+
+
+def test_a_run_that_goes_on_has_no_pipeline_until_its_end(script, command, monkeypatch):
+    small = ("--name", "longer", "--train.max_train_steps", "2", "--schedule.lr_scheduler", "constant")
+    run = script.train(command(*small))
+    before = (run.path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="now it would be 16"):
+        script.train(command(*small, "--resume", "--train.max_train_steps", "4", "--train.train_batch_size", "8"))
+    assert run.pipeline.is_dir() and (run.path / "config.yaml").read_text() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_agree_to_stop", lambda self, *_: self.state.progress.step == 3)
+        with pytest.raises(Interrupted):
+            script.train(command(*small, "--resume", "--train.max_train_steps", "4"))
+    assert not run.pipeline.exists() and "max_train_steps: 4" in (run.path / "config.yaml").read_text()
+
+
+def test_a_total_below_the_checkpoint_is_refused(script, command):
+    small = ("--name", "shorter", "--schedule.lr_scheduler", "constant")
+    run = script.train(command(*small))
+    with pytest.raises(ValueError, match=r"expected at least 6, where .*step-00000006 continues, got 5"):
+        script.train(command(*small, "--resume", "--train.max_train_steps", "5"))
+    with pytest.raises(ValueError, match=r"expected at least 4, where .*step-00000004 continues, got 3"):
+        named = str(run.checkpoints / "step-00000004")
+        script.train(command(*small, "--resume", named, "--train.max_train_steps", "3"))
+    assert run.pipeline.is_dir() and "max_train_steps: 6" in (run.path / "config.yaml").read_text()
 
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed(script, command):
@@ -147,6 +211,11 @@ def write(folder, config):
 
     (folder / "c.yaml").write_text(to_yaml(config))
     return folder / "c.yaml"
+
+
+def test_a_dry_run_refuses_what_could_not_be_sampled(script, capsys):
+    assert script.main(["--dry-run", "--sampling.sampler", "ddim", "--objective.prediction_type", "flow"]) == 1
+    assert "sampling.sampler ddim" in capsys.readouterr().err
 
 
 def test_user_errors_are_one_line_and_status_1(script, capsys):
