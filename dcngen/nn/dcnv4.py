@@ -197,16 +197,15 @@ class DCNv4(nn.Module):
     def can_fuse_projections(self) -> bool:
         """Whether value and offset_mask are plain products of one input.
 
-        Not with a depthwise convolution, without projections, where the output's positions are not the input's, or
-        where a projection has been replaced, wrapped or hooked (an adapter, a quantised or offloaded layer), whose own
-        forward must run.
+        Not with a depthwise convolution, without projections or their biases, where the output's positions are not the
+        input's, or where a projection has been replaced, wrapped or hooked (an adapter, a quantised or offloaded
+        layer), whose own forward must run.
         """
         return (
             self.offset_mask_dw is None
             and not self.without_pointwise
             and self._keeps_positions()
-            and _is_plain_linear(self.value_proj)
-            and _is_plain_linear(self.offset_mask)
+            and all(_is_plain_linear(p) and p.bias is not None for p in (self.value_proj, self.offset_mask))
         )
 
     def _output_follows(self) -> bool:

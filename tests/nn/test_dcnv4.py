@@ -182,6 +182,18 @@ def test_hooked_projections_are_called_not_fused():
 
 
 @pytest.mark.parametrize("name", ["value_proj", "offset_mask", "output_proj"])
+def test_replaced_projections_need_no_bias(randomize, name):
+    module, x = randomize(DCNv4(16, group=2)), torch.randn(1, 4, 4, 16)
+    projection = getattr(module, name)
+    torch.nn.init.zeros_(projection.bias)
+    expected = module(x)
+    replaced = torch.nn.Linear(projection.in_features, projection.out_features, bias=False)
+    replaced.weight = projection.weight
+    setattr(module, name, replaced)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["value_proj", "offset_mask", "output_proj"])
 def test_projections_with_a_forward_of_their_own_are_called(randomize, name):
     """accelerate and diffusers hook a module by giving the instance another forward."""
     module, x, seen = randomize(DCNv4(16, group=2)), torch.randn(1, 4, 4, 16), []
