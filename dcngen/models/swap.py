@@ -82,7 +82,7 @@ def load_unet(folder: str | Path, **kwargs) -> UNet2DModel:
         FileNotFoundError: no config.json there.
         ValueError: a class that is neither UNet2DModel nor DCNUNet2DModel, or weights that do not fit the config.
     """
-    path = Path(folder) / kwargs.get("subfolder", "") / UNet2DModel.config_name
+    path = Path(folder) / (kwargs.get("subfolder") or "") / UNet2DModel.config_name
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: expected the config of a saved U-Net there; give the folder that save_pretrained wrote, "

@@ -65,7 +65,9 @@ def test_swap_refuses_other_models():
 def test_load_picks_the_class_of_the_config(tmp_path, tiny, cls):
     model = cls(**tiny)
     model.save_pretrained(tmp_path / "unet")
-    for loaded in (load_unet(tmp_path / "unet"), load_unet(tmp_path, subfolder="unet")):
+    ways = [(tmp_path / "unet", {}), (tmp_path / "unet", {"subfolder": None}), (tmp_path, {"subfolder": "unet"})]
+    for folder, options in ways:
+        loaded = load_unet(folder, **options)
         assert type(loaded) is cls
         for name, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value)
