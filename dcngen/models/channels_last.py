@@ -24,8 +24,9 @@ class ChannelsLastUpsample2D(Upsample2D):
     def forward(self, hidden_states: torch.Tensor, output_size: int | None = None) -> torch.Tensor:
         """(N, C, H, W) to (N, out_channels, 2H, 2W), or to `output_size`."""
         scale = None if output_size is not None else 2.0
-        factor = 4 if output_size is None else _area(output_size) / _area(hidden_states.shape[-2:])
-        if hidden_states.numel() * factor > MAX_CHANNELS_LAST_ELEMENTS:
+        area = 4 * _area(hidden_states.shape[-2:]) if output_size is None else _area(output_size)
+        # Compared by the batch, in integers: torch.export refuses the fraction that a product would bound it by.
+        if hidden_states.shape[0] > MAX_CHANNELS_LAST_ELEMENTS // (hidden_states.shape[1] * area):
             hidden_states = hidden_states.contiguous()
         hidden_states = F.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest")
         if not self.use_conv:

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 
 from dcngen.models.unet import DCNUNet2DModel, load_strictly
+from dcngen.nn.dcnv4 import DCNv4
 
 LOADABLE = (UNet2DModel, DCNUNet2DModel)
 
@@ -29,8 +30,8 @@ def swap_operators(
     """A DCNUNet2DModel with the config of `model` and these operators; `model` is left as it is.
 
     Layers that both models have keep their weights (copied); new operators are freshly initialised. Device, dtype,
-    training mode and gradient checkpointing are those of `model`. The config of the result says what it is, so it saves
-    and loads as itself.
+    training mode, gradient checkpointing and `fuse_projections` are those of `model`. The config of the result says
+    what it is, so it saves and loads as itself.
 
     Args:
         model: a UNet2DModel, or a DCNUNet2DModel whose operators are to change.
@@ -63,9 +64,18 @@ def swap_operators(
     for name, value in model.state_dict().items():
         if name in kept and kept[name].shape == value.shape:
             kept[name].copy_(value)
+    _copy_fusing(model, swapped)
     if model.is_gradient_checkpointing:
         swapped.enable_gradient_checkpointing()
     return swapped.train(model.training)
+
+
+def _copy_fusing(model: UNet2DModel, swapped: DCNUNet2DModel) -> None:
+    """Gives layers that both models have their `fuse_projections`, and new ones False where all of `model` have it."""
+    fused = {name: module.fuse_projections for name, module in model.named_modules() if isinstance(module, DCNv4)}
+    for name, module in swapped.named_modules():
+        if isinstance(module, DCNv4):
+            module.fuse_projections = fused.get(name, any(fused.values()) or not fused)
 
 
 def load_unet(folder: str | Path, **kwargs) -> UNet2DModel:
@@ -82,7 +92,7 @@ def load_unet(folder: str | Path, **kwargs) -> UNet2DModel:
         FileNotFoundError: no config.json there.
         ValueError: a class that is neither UNet2DModel nor DCNUNet2DModel, or weights that do not fit the config.
     """
-    path = Path(folder) / kwargs.get("subfolder", "") / UNet2DModel.config_name
+    path = Path(folder) / (kwargs.get("subfolder") or "") / UNet2DModel.config_name
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: expected the config of a saved U-Net there; give the folder that save_pretrained wrote, "

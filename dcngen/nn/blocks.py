@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from dcngen.nn.dcnv4 import DCNv4
+from dcngen.ops.geometry import as_pair
 
 
 def group_channels_for(channels: int, group_channels: int = 32) -> int:
@@ -27,8 +28,36 @@ def group_channels_for(channels: int, group_channels: int = 32) -> int:
     return group_channels
 
 
+def _check_map(tensor: torch.Tensor, channels: int, name: str) -> None:
+    """Raises ValueError where the tensor is not (N, channels, H, W)."""
+    if tensor.dim() != 4 or tensor.shape[1] != channels:
+        raise ValueError(
+            f"{name}: expected (N, C, H, W) with C = {channels} channels, got shape {tuple(tensor.shape)}; "
+            "channels come second here, use .permute(0, 3, 1, 2) on NHWC tensors"
+        )
+
+
+def _padding_that_keeps_size(
+    kernel_size: int | tuple[int, int], dilation: int | tuple[int, int] = 1
+) -> tuple[int, int]:
+    """(height, width) of the padding that keeps the map's size at stride 1.
+
+    Raises:
+        TypeError: neither an int nor a pair of ints.
+        ValueError: an even kernel size.
+    """
+    sizes = as_pair(kernel_size, "kernel_size")
+    if not all(size % 2 for size in sizes):
+        raise ValueError(
+            f"kernel_size: expected an odd size, which has padding that keeps the map's size, got {kernel_size}; "
+            "use an odd one, or DCNv4Conv2d with a padding"
+        )
+    height, width = (step * (size - 1) // 2 for step, size in zip(as_pair(dilation, "dilation"), sizes, strict=True))
+    return height, width
+
+
 class DCNv4Conv2d(DCNv4):
-    """DCNv4 in the place of `Conv2d(in_channels, out_channels, kernel_size, stride, padding)`.
+    """DCNv4 in the place of `Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation)`.
 
     value_proj changes the channel count; the operator and output_proj work on out_channels. Parameters, with
     K = kernel_size**2 taps and G = out_channels / D groups of D channels (biases and padding apart):
@@ -38,7 +67,8 @@ class DCNv4Conv2d(DCNv4):
     that is 2.84 C**2 against 9 C**2 at D = 32, and 3.69 C**2 at D = 16.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding: of the convolution; padding None keeps the size.
+        in_channels, out_channels, kernel_size, stride, padding, dilation: of the convolution; padding None, with an odd
+            kernel_size, keeps the size at stride 1.
         group_channels: D, see `group_channels_for`.
         dcn: further keyword arguments of `DCNv4` (offset_scale, dw_kernel_size, mask_init, ...).
     """
@@ -50,6 +80,7 @@ class DCNv4Conv2d(DCNv4):
         kernel_size: int = 3,
         stride: int = 1,
         padding: int | None = None,
+        dilation: int = 1,
         *,
         group_channels: int = 32,
         **dcn,
@@ -58,7 +89,8 @@ class DCNv4Conv2d(DCNv4):
             out_channels,
             kernel_size,
             stride,
-            kernel_size // 2 if padding is None else padding,
+            _padding_that_keeps_size(kernel_size, dilation) if padding is None else padding,
+            dilation,
             group=out_channels // group_channels_for(out_channels, group_channels),
             in_channels=in_channels,
             **dcn,
@@ -67,6 +99,7 @@ class DCNv4Conv2d(DCNv4):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H_out, W_out), channels-last in memory."""
+        _check_map(input, self.in_channels, "input")
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -81,7 +114,7 @@ class DCNv4Attention(nn.Module):
         residual_connection: whether the input is added.
         rescale_output_factor: what the sum is divided by.
         dropout: probability of the dropout after the operator.
-        kernel_size: odd.
+        kernel_size, dilation: of the sampling window; an odd kernel_size.
         group_channels: see `group_channels_for`.
         dcn: further keyword arguments of `DCNv4`.
     """
@@ -95,15 +128,18 @@ class DCNv4Attention(nn.Module):
         dropout: float = 0.0,
         *,
         kernel_size: int = 3,
+        dilation: int = 1,
         group_channels: int = 32,
         **dcn,
     ):
         super().__init__()
+        self.channels = channels
         self.group_norm = group_norm
         self.dcn = DCNv4(
             channels,
             kernel_size,
-            pad=kernel_size // 2,
+            pad=_padding_that_keeps_size(kernel_size, dilation),
+            dilation=dilation,
             group=channels // group_channels_for(channels, group_channels),
             **dcn,
         )
@@ -132,8 +168,7 @@ class DCNv4Attention(nn.Module):
         """
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("DCNv4Attention: expected self-attention without a mask; keep Attention in this place")
-        if hidden_states.dim() != 4:
-            raise ValueError(f"hidden_states: expected (N, C, H, W), got shape {tuple(hidden_states.shape)}")
+        _check_map(hidden_states, self.channels, "hidden_states")
         x = hidden_states if self.group_norm is None else self.group_norm(hidden_states)
         x = x.permute(0, 2, 3, 1)
         if torch.is_grad_enabled() and self.gradient_checkpointing:

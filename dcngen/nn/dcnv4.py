@@ -22,8 +22,23 @@ def _padded_width(width: int, channels: int) -> int:
     return -(-width // multiple) * multiple
 
 
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a call of the module does nothing but nn.Linear's forward, so that its weights may be read instead."""
+    return type(module) is nn.Linear and not _has_own_forward(module) and not _has_hooks(module)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance replaces its class's forward, as accelerate and diffusers do to offload or cast weights.
+
+    Taken off again, such a hook leaves the bound method of the class behind, which replaces nothing.
+    """
+    own = vars(module).get("forward")
+    bound_back = getattr(own, "__self__", None) is module and own.__func__ is type(module).forward
+    return own is not None and not bound_back
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
+    """Whether torch's hooks run around the module's forward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -182,24 +197,20 @@ class DCNv4(nn.Module):
     def can_fuse_projections(self) -> bool:
         """Whether value and offset_mask are plain products of one input.
 
-        Not with a depthwise convolution, without projections, where the output's positions are not the input's, or
-        where a projection has been replaced, wrapped or hooked (an adapter, a quantised layer), whose own forward must
-        run.
+        Not with a depthwise convolution, without projections or their biases, where the output's positions are not the
+        input's, or where a projection has been replaced, wrapped or hooked (an adapter, a quantised or offloaded
+        layer), whose own forward must run.
         """
         return (
             self.offset_mask_dw is None
             and not self.without_pointwise
             and self._keeps_positions()
-            and type(self.value_proj) is nn.Linear
-            and type(self.offset_mask) is nn.Linear
-            and not any(_has_hooks(projection) for projection in (self.value_proj, self.offset_mask))
+            and all(_is_plain_linear(p) and p.bias is not None for p in (self.value_proj, self.offset_mask))
         )
 
     def _output_follows(self) -> bool:
         """Whether output_proj is a plain product of the operator's output."""
-        return (
-            not self.center_feature_scale and type(self.output_proj) is nn.Linear and not _has_hooks(self.output_proj)
-        )
+        return not self.center_feature_scale and _is_plain_linear(self.output_proj)
 
     def _project_at_once(self, x: torch.Tensor) -> torch.Tensor:
         """value, offset_mask and padding of x (N, H, W, in_channels), side by side, as one matrix product."""

@@ -52,6 +52,15 @@ def test_upsampling_to_a_given_size():
     assert block(x, output_size=(5, 7)).shape == (2, 4, 5, 7)
 
 
+def test_export_names_the_largest_batch_of_channels_last_upsampling():
+    block, x = ChannelsLastUpsample2D(4, use_conv=False), torch.randn(3, 4, 8, 8)
+    largest = (2**31 - 1) // (4 * 4 * 8 * 8)
+    with pytest.raises(torch._dynamo.exc.UserError, match=rf"Dim\('n', max={largest}\)"):
+        torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("n", max=largest)},))
+    assert torch.equal(exported.module()(x[:2]), block(x[:2]))
+
+
 def test_attention_processor_refuses_cross_attention(make_unet):
     model = make_unet(conv_operator="conv", attention_operator="attention")
     attention = next(m for m in model.modules() if isinstance(m, Attention))

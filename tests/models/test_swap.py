@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from dcngen.models import DCNUNet2DModel, count_parameters, load_unet, swap_operators
+from dcngen.nn import DCNv4
 
 
 def test_swap_keeps_the_rest_and_the_given_model(tiny):
@@ -52,6 +53,21 @@ def test_swap_keeps_dtype_and_checkpointing(tiny):
     assert {p.dtype for p in swapped.parameters()} == {torch.bfloat16} and swapped.is_gradient_checkpointing
 
 
+def fusing(model):
+    return {name: module.fuse_projections for name, module in model.named_modules() if isinstance(module, DCNv4)}
+
+
+def test_swap_keeps_fuse_projections(tiny, make_unet):
+    model = make_unet(attention_operator="attention").fuse_projections(False)
+    swapped = fusing(swap_operators(model))
+    assert len(swapped) > len(fusing(model)) and not any(swapped.values())
+    one = next(iter(fusing(model)))
+    model.get_submodule(one).fuse_projections = True
+    swapped = fusing(swap_operators(model))
+    assert fusing(model).items() <= swapped.items() and swapped[one]
+    assert all(fusing(swap_operators(UNet2DModel(**tiny))).values())
+
+
 def test_swap_refuses_other_models():
     with torch.device("meta"):
         other = UNet2DConditionModel(
@@ -65,7 +81,9 @@ def test_swap_refuses_other_models():
 def test_load_picks_the_class_of_the_config(tmp_path, tiny, cls):
     model = cls(**tiny)
     model.save_pretrained(tmp_path / "unet")
-    for loaded in (load_unet(tmp_path / "unet"), load_unet(tmp_path, subfolder="unet")):
+    ways = [(tmp_path / "unet", {}), (tmp_path / "unet", {"subfolder": None}), (tmp_path, {"subfolder": "unet"})]
+    for folder, options in ways:
+        loaded = load_unet(folder, **options)
         assert type(loaded) is cls
         for name, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value)

@@ -1,8 +1,10 @@
 """DCNUNet2DModel: the stock model where all is stock, operators placed by the config, saved and loaded exactly."""
 
+import copy
 import inspect
 import json
 
+import accelerate
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -196,6 +198,17 @@ def test_fuse_projections_reaches_every_operator(make_unet, make_batch, randomiz
         assert model.fuse_projections() is model
         assert all(m.fuse_projections for m in model.modules() if isinstance(m, DCNv4))
         torch.testing.assert_close(run(model, *batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layerwise_casting_and_offloading_reach_every_projection(make_unet, make_batch, randomize):
+    model = randomize(make_unet()).eval()
+    batch = make_batch()
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(run(offloaded, *batch), run(model, *batch), rtol=1e-4, atol=1e-5)
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        assert next(m for m in model.modules() if isinstance(m, DCNv4)).value_proj.weight.dtype == torch.float8_e4m3fn
+        assert run(model, *batch).isfinite().all()
 
 
 def test_repeated_blocks_exist(make_unet, arm):

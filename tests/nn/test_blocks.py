@@ -32,6 +32,27 @@ def test_conv_block_has_the_shape_of_the_convolution(kernel_size, stride, paddin
     assert (block.in_channels, block.out_channels) == (16, 64)
 
 
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 2), (5, 3), ((3, 5), (2, 1)), (1, 4)])
+def test_blocks_keep_the_size_without_a_padding(kernel_size, dilation):
+    x = channels_last(2, 16, 8, 9)
+    assert DCNv4Conv2d(16, 32, kernel_size, dilation=dilation)(x).shape == (2, 32, 8, 9)
+    assert DCNv4Attention(16, kernel_size=kernel_size, dilation=dilation)(x).shape == x.shape
+
+
+def test_blocks_refuse_even_kernels_without_a_padding():
+    for build in (lambda: DCNv4Conv2d(16, 16, 2), lambda: DCNv4Attention(16, kernel_size=(3, 4))):
+        with pytest.raises(ValueError, match="kernel_size: expected an odd size"):
+            build()
+    assert DCNv4Conv2d(16, 16, 2, 2, 0)(torch.randn(1, 16, 8, 8)).shape == (1, 16, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 4, 4), (1, 4, 4, 16), (16, 4, 4)])
+def test_blocks_refuse_maps_of_other_channels(shape):
+    for block in (DCNv4Conv2d(16, 16), DCNv4Attention(16)):
+        with pytest.raises(ValueError, match=r"\(N, C, H, W\) with C = 16 channels, got .* channels come second"):
+            block(torch.randn(shape))
+
+
 def test_conv_block_copies_nothing_on_channels_last():
     block = DCNv4Conv2d(16, 32, mask_init=0.1)
     x = channels_last(2, 16, 6, 5)

@@ -181,6 +181,42 @@ def test_hooked_projections_are_called_not_fused():
     assert module.can_fuse_projections()
 
 
+@pytest.mark.parametrize("name", ["value_proj", "offset_mask", "output_proj"])
+def test_replaced_projections_need_no_bias(randomize, name):
+    module, x = randomize(DCNv4(16, group=2)), torch.randn(1, 4, 4, 16)
+    projection = getattr(module, name)
+    torch.nn.init.zeros_(projection.bias)
+    expected = module(x)
+    replaced = torch.nn.Linear(projection.in_features, projection.out_features, bias=False)
+    replaced.weight = projection.weight
+    setattr(module, name, replaced)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["value_proj", "offset_mask", "output_proj"])
+def test_projections_with_a_forward_of_their_own_are_called(randomize, name):
+    """accelerate and diffusers hook a module by giving the instance another forward."""
+    module, x, seen = randomize(DCNv4(16, group=2)), torch.randn(1, 4, 4, 16), []
+    expected = module(x)
+    projection = getattr(module, name)
+    original = projection.forward
+    projection.forward = lambda value: seen.append(name) or original(value)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [name]
+    projection.forward = original
+    assert module.can_fuse_projections() and module._output_follows()
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_compiles_whole_with_a_replaced_forward(randomize, attached):
+    torch._dynamo.reset()
+    module, x = randomize(DCNv4(16, group=2)), torch.randn(1, 4, 4, 16)
+    original = module.value_proj.forward
+    module.value_proj.forward = (lambda value: original(value) + 1) if attached else original
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
 @pytest.mark.parametrize(
     "kernel_size, stride, pad, dilation", [(3, 2, 1, 1), (5, 1, 0, 1), (3, 1, 2, 2), (2, 2, 0, 1), (3, 1, 3, 1)]
 )
