@@ -186,9 +186,8 @@ def evenly_over_classes(labels: np.ndarray, count: int | None) -> np.ndarray:
     if count is None or count >= len(labels):
         return np.arange(len(labels))
     order = np.argsort(labels, kind="stable")
-    middles = (
-        (2 * np.arange(count) + 1) * len(order) // (2 * count)
-    )  # of `count` equal parts: whole classes come out even
+    # The middles of `count` equal parts: classes whose sizes `count` divides alike are picked alike.
+    middles = (2 * np.arange(count) + 1) * len(order) // (2 * count)
     return np.sort(order[middles])
 
 

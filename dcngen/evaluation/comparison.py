@@ -85,8 +85,8 @@ class Comparison:
 
     def style(self, arm: Arm) -> str:
         """The class that colours an arm in the report, one a recipe."""
-        owners = [arm in group.arms for group in self.repeats] or [arm is other for other in self.arms]
-        return f"arm{owners.index(True) % 4}"
+        recipes = [group.arms for group in self.repeats] or [[other] for other in self.arms]
+        return f"arm{next(i for i, arms in enumerate(recipes) if any(arm is other for other in arms)) % 4}"
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""

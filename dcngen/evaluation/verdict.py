@@ -80,8 +80,7 @@ def judge_repeats(baseline: list[Scores], candidate: list[Scores]) -> Verdict:
         Evidence("training seeds", "over training seeds", "train with more seeds", 0.0, f"These are means of {runs}"),
     )
     if verdict.outcome != "inconclusive" and min(len(baseline), len(candidate)) == 1:
-        gap = f"{baseline[0].space.frechet} is {abs(verdict.frechet_relative):.1%} "
-        gap += "lower" if verdict.frechet_relative < 0 else "higher"
+        gap = _gap(baseline[0].space, verdict.frechet_relative)
         reason = f"{gap} in the mean, but one side was trained once and its scatter is unknown: train it again"
         return replace(verdict, outcome="inconclusive", reason=reason)
     return verdict
@@ -120,7 +119,7 @@ def _decide(
     space: FeatureSpace, frechet_interval, kernel_interval, relative: float, biased: bool, evidence: Evidence
 ) -> tuple[str, str]:
     frechet_sign, kernel_sign = _sign(frechet_interval), _sign(kernel_interval)
-    gap = f"{space.frechet} is {abs(relative):.1%} {'lower' if relative < 0 else 'higher'}"
+    gap = _gap(space, relative)
     if frechet_sign == 0:
         return "inconclusive", f"{gap}, but the 95 % interval of the difference includes 0: {evidence.remedy}"
     if abs(relative) < evidence.least_gap:
@@ -141,6 +140,10 @@ def _decide(
     return ("better" if frechet_sign < 0 else "worse"), (
         f"{gap}, beyond the 95 % interval over {evidence.over}, {agreement}. {evidence.closing}"
     )
+
+
+def _gap(space: FeatureSpace, relative: float) -> str:
+    return f"{space.frechet} is {abs(relative):.1%} {'lower' if relative < 0 else 'higher'}"
 
 
 def _sign(interval: tuple[float, float]) -> int:
