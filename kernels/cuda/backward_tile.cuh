@@ -34,9 +34,16 @@ struct TileShape {
   static constexpr int kRegionA = round_up(most(kTileBytes, kWarps * (kInputStage + kOffsetMaskStage)));
   static constexpr int kRegionB = round_up(kTileBytes);
   static constexpr int kRegionC = most(kWeights, kOffsetMaskBytes + kWarps * kProducts);
-  static constexpr int kShared = kRegionA + kRegionB + kRegionC + 16 /* barrier */;
-  // Blocks of a multiprocessor: by its shared memory, but leave a thread at least 128 registers.
-  static constexpr int kByMemory = 227 * 1024 / (kShared + 1024), kByRegisters = 512 / kThreads;
+  // The barrier stands behind grad_output where rounding leaves room: at D = 16 a fifth block then fits.
+  static constexpr int kEnd = kRegionA + kRegionB + kRegionC;
+  static constexpr int kBarrier = kRegionB - kTileBytes >= 16 ? kRegionA + kTileBytes : kEnd;
+  static constexpr int kShared = kBarrier < kEnd ? kEnd : kEnd + 16;
+  // Five blocks leave a thread 96 registers, which is enough if the tails of offset_mask are fetched late.
+  static constexpr bool kFive = D == 16 && kThreads == 128;
+  // Blocks of a multiprocessor: by its shared memory, of which a block has 1 KB more, in units of 128 bytes, but leave a
+  // thread at least 128 registers.
+  static constexpr int kByMemory = 228 * 1024 / ((kShared + 127) / 128 * 128 + 1024);
+  static constexpr int kByRegisters = kFive ? 5 : 512 / kThreads;
   static constexpr int kBlocks = kByMemory < kByRegisters ? kByMemory : kByRegisters;
 };
 
@@ -84,7 +91,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
   extern __shared__ __align__(1024) uint8_t tile_shared[];  // the swizzles of the copy engine go by address
   const uint32_t region_a = window::smem_address(tile_shared);
   const uint32_t region_b = region_a + Shape::kRegionA, region_c = region_b + Shape::kRegionB;
-  const uint32_t barrier = region_c + Shape::kRegionC;
+  const uint32_t barrier = region_a + Shape::kBarrier;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
 
   uint32_t index = blockIdx.x;
@@ -109,15 +116,18 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
   const int x = unit_x + 2 + (lane & 7), y = unit_y + 2 + (lane >> 3), slot = y * kPitch + x;
   const int ow0 = u_x0 - 2 - args.shift_x, oh0 = u_y0 - 2 - args.shift_y;  // output pixel of slot 0
   constexpr int kPasses = (Shape::kRing + Shape::kThreads - 1) / Shape::kThreads;
-  const uint32_t tail = numbers.tail(args, n, ow0 + x, oh0 + y);
-  uint32_t ring_tail[kPasses];
+  uint32_t tail, ring_tail[kPasses];
+  const auto fetch_tails = [&] {
+    tail = numbers.tail(args, n, ow0 + x, oh0 + y);
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    int rx, ry;
-    const int number = thread + pass * Shape::kThreads;
-    ring_pixel<Shape>(number < Shape::kRing ? number : 0, rx, ry);
-    ring_tail[pass] = numbers.tail(args, n, ow0 + rx, oh0 + ry);
-  }
+    for (int pass = 0; pass < kPasses; ++pass) {
+      int rx, ry;
+      const int number = thread + pass * Shape::kThreads;
+      ring_pixel<Shape>(number < Shape::kRing ? number : 0, rx, ry);
+      ring_tail[pass] = numbers.tail(args, n, ow0 + rx, oh0 + ry);
+    }
+  };
+  if (!Shape::kFive) fetch_tails();
   window::let_next_kernel_begin();
   __syncthreads();
   window::barrier_wait(barrier, 0);
@@ -127,6 +137,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     pixel_products<T, D, kPitch>(products, region_a, region_b,
                                  region_c + Shape::kOffsetMaskBytes + warp * Shape::kProducts, window_slot, lane);
   }
+  if (Shape::kFive) fetch_tails();
   OffsetMask om = numbers.load(region_c, slot, tail);
   OffsetMask ring[kPasses];
 #pragma unroll
