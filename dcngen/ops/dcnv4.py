@@ -12,7 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import launch
-from .geometry import as_pair, check_tensors
+from .geometry import as_number, as_pair, check_tensors
 from .reference import reference_forward
 
 SCALARS = (
@@ -103,14 +103,14 @@ def scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, rem
         raise TypeError(f"groups: expected an int, got {groups!r}")
     if type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:  # most calls, in half the time
         pairs = (kernel_size, kernel_size, stride, stride, padding, padding, dilation, dilation)
-        return *pairs, groups, float(offset_scale), bool(remove_center), bool(softmax)
+        return *pairs, groups, as_number(offset_scale, "offset_scale"), bool(remove_center), bool(softmax)
     return (
         *as_pair(kernel_size, "kernel_size"),
         *as_pair(stride, "stride"),
         *as_pair(padding, "padding"),
         *as_pair(dilation, "dilation"),
         groups,
-        float(offset_scale),
+        as_number(offset_scale, "offset_scale"),
         bool(remove_center),
         bool(softmax),
     )

@@ -47,6 +47,13 @@ def as_pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, i
     raise TypeError(f"{name}: expected an int or a (height, width) pair of ints, got {value!r}")
 
 
+def as_number(value: float, name: str) -> float:
+    """An int or float as a float; float() would take a string, too."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
 def make_geometry(
     kernel_size=3,
     stride=1,
@@ -65,15 +72,13 @@ def make_geometry(
     """
     if not isinstance(groups, int):
         raise TypeError(f"groups: expected an int, got {groups!r}")
-    if not isinstance(offset_scale, (int, float)):
-        raise TypeError(f"offset_scale: expected a number, got {offset_scale!r}")
     geometry = Geometry(
         as_pair(kernel_size, "kernel_size"),
         as_pair(stride, "stride"),
         as_pair(padding, "padding"),
         as_pair(dilation, "dilation"),
         groups,
-        float(offset_scale),
+        as_number(offset_scale, "offset_scale"),
         bool(remove_center),
         bool(softmax),
     )

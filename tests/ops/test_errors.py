@@ -27,6 +27,7 @@ WRONG_CALLS = {
     "three strides": ([INPUT, OFFSET_MASK], {"stride": (1, 1, 1)}, TypeError, r"stride: .*got \(1, 1, 1\)"),
     "stride 0": ([INPUT, OFFSET_MASK], {"stride": 0}, ValueError, "stride: expected at least 1"),
     "negative padding": ([INPUT, OFFSET_MASK], {"padding": -1}, ValueError, "padding: expected at least 0"),
+    "scale of text": ([INPUT, OFFSET_MASK], {"offset_scale": "1.0"}, TypeError, "expected a number, got '1.0'"),
     "infinite scale": ([INPUT, OFFSET_MASK], {"offset_scale": float("inf")}, ValueError, "finite number, got inf"),
     "even centre": (
         [INPUT, OFFSET_MASK],
