@@ -101,19 +101,16 @@ def scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, rem
     """The arguments after the tensors, in the order of the schema."""
     if not isinstance(groups, int):
         raise TypeError(f"groups: expected an int, got {groups!r}")
-    if type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:  # most calls, in half the time
+    if type(kernel_size) is type(stride) is type(padding) is type(dilation) is int:  # as most are: in half the time
         pairs = (kernel_size, kernel_size, stride, stride, padding, padding, dilation, dilation)
-        return *pairs, groups, as_number(offset_scale, "offset_scale"), bool(remove_center), bool(softmax)
-    return (
-        *as_pair(kernel_size, "kernel_size"),
-        *as_pair(stride, "stride"),
-        *as_pair(padding, "padding"),
-        *as_pair(dilation, "dilation"),
-        groups,
-        as_number(offset_scale, "offset_scale"),
-        bool(remove_center),
-        bool(softmax),
-    )
+    else:
+        pairs = (
+            *as_pair(kernel_size, "kernel_size"),
+            *as_pair(stride, "stride"),
+            *as_pair(padding, "padding"),
+            *as_pair(dilation, "dilation"),
+        )
+    return *pairs, groups, as_number(offset_scale, "offset_scale"), bool(remove_center), bool(softmax)
 
 
 def needs_reference() -> bool:
