@@ -123,8 +123,9 @@ def _draw_and_write(
     progress: bool,
 ) -> None:
     pending: list[Future] = []
+    evaluations = model_evaluations(plan.sampler, plan.steps)
     with (
-        _progress_bar(sum(map(len, batches)), progress) as bar,
+        _progress_bar(sum(map(len, batches)), evaluations, progress) as bar,
         ThreadPoolExecutor(max_workers=4) as writers,
         _ready_to_sample(pipeline),
     ):
@@ -136,12 +137,13 @@ def _draw_and_write(
             write.result()
 
 
-def _progress_bar(num_images: int, progress: bool) -> tqdm:
-    """Pictures done, in fractions: a batch moves it with every step."""
-    layout = "{desc}: {percentage:3.0f}% |{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+def _progress_bar(num_images: int, evaluations: int, progress: bool) -> tqdm:
+    """Pictures done. It counts their evaluations, since sums of fractions of a picture would end beyond the total."""
+    layout = "{desc}: {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
     return tqdm(
-        total=num_images,
+        total=num_images * evaluations,
         unit="image",
+        unit_scale=1 / evaluations,
         desc="sampling",
         bar_format=layout,
         disable=not progress or not num_images,
@@ -163,8 +165,6 @@ def _generate(
     process another number of threads. So there each batch is computed by a single thread, and the cores work on several
     batches at once (which is also the faster way at these sizes).
     """
-
-    evaluations = model_evaluations(plan.sampler, plan.steps)
     compiled = _is_compiled(pipeline.unet)
     lock = Lock()
 
@@ -175,7 +175,7 @@ def _generate(
 
         def advance(_pipeline, _step, _timestep, state):
             with lock:
-                bar.update(len(batch) / evaluations)
+                bar.update(len(batch))  # a picture's share of one evaluation
             return state
 
         with torch.autocast(pipeline.device.type, dtype, enabled=dtype is not None):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import TqdmWarning
 
 from dcngen.diffusion import (
     LatentDiffusionPipeline,
@@ -34,6 +35,16 @@ def pictures(folder):
 @pytest.fixture
 def sampled(pipeline, tmp_path):
     return sample_images(pipeline, PLAN, tmp_path / "a", batch_size=4, save_npz=True, progress=False)
+
+
+@pytest.mark.parametrize("sampler, steps", [("euler", 9), ("heun", 5), ("euler", 1)])
+def test_the_progress_bar_ends_at_the_total(pipeline, tmp_path, capsys, recwarn, sampler, steps):
+    """9 evaluations: sums of ninths of four pictures are more than eight, of which tqdm warns."""
+    plan = replace(PLAN, num_images=8, sampler=sampler, steps=steps)
+    sample_images(pipeline, plan, tmp_path / "a", batch_size=4, progress=True)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "100% |" in last and "| 8/8 [" in last and "image/s]" in last
+    assert not [warning for warning in recwarn if warning.category is TqdmWarning]
 
 
 def test_writes_what_the_pipeline_draws(pipeline, sampled):
