@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -332,6 +333,15 @@ def test_ticks_are_round_and_enclose(low, high):
     found = charts.ticks(low, high)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 12
     assert np.allclose(np.diff(found), found[1] - found[0])
+
+
+def test_the_turned_label_is_beside_the_ticks():
+    y = np.linspace(0.0625, 0.0131, 50)
+    drawn = charts.line_chart([charts.Series("a", np.arange(50.0), y, "arm0")], "pictures seen", "training loss")
+    ticks = re.findall(r'<text class="tick" x="([\d.]+)"[^>]*text-anchor="end">([^<]+)<', drawn)
+    assert max(len(text) for _, text in ticks) >= 4
+    width = 7.7  # of a figure in 12 px DejaVu Sans, a wide face
+    assert all(float(x) - width * len(text) > 16 for x, text in ticks)  # the label stands at 12, its letters up to 16
 
 
 def test_running_mean():
