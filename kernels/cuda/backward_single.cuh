@@ -1,6 +1,7 @@
-// The tile of backward_tile.cuh for float: the same stencil, but products on the ordinary units (the tensor cores would
-// round to tf32), one pixel a lane throughout. A tile holds 32 channels a row (16 where D = 16), and D / 32 such parts
-// one behind the other.
+// The tile of backward_tile.cuh for float: the same stencil, one pixel a lane, but products on the ordinary units (the
+// tensor cores would round to tf32). In these a lane has a column of its unit, four pixels, and every fourth piece of
+// four channels: what it reads from shared memory, which sets the pace, then serves four pixels. A tile holds 32
+// channels a row (16 where D = 16), and D / 32 such parts one behind the other.
 #pragma once
 
 #include "backward_stencil.cuh"
@@ -89,72 +90,123 @@ __device__ __forceinline__ void pixel_gradients(const SingleOffsetMask& om, cons
   store_weights(weights, w);
 }
 
-// Addresses of the 5x5 neighbours of a pixel in a part of a tile, for any piece of 16 bytes.
+constexpr int kColumn = 4;  // pixels of a unit's column
+
+// Which part of its unit's products a lane has.
+struct ColumnLane {
+  int column, quarter;  // of the unit; of a row's pieces: quarter, quarter + 4, ...
+  __device__ __forceinline__ explicit ColumnLane(int lane) : column(lane & 7), quarter(lane >> 3) {}
+};
+
+// Addresses in a part of a tile, for any piece of 16 bytes: the 8x5 pixels that the 5x5 windows of a column cover.
 template <int ROW_CHANNELS, int PITCH>
-struct Neighbours {
-  uint32_t address[5];  // of row -2, piece 0
-  __device__ __forceinline__ Neighbours(uint32_t part, int slot) {
+struct ColumnWindow {
+  uint32_t address[5];  // of the first row, piece 0
+  // `slot`: the column's first pixel.
+  __device__ __forceinline__ ColumnWindow(uint32_t part, int slot) {
 #pragma unroll
     for (int c = 0; c < 5; ++c) address[c] = part + tile_offset<2 * ROW_CHANNELS>(slot - 2 * PITCH + c - 2, 0);
   }
   // One row down flips one bit of the swizzle, as in Window.
   __device__ __forceinline__ float4 load(int row, int column, int piece) const {
     const uint32_t flip = (piece << 4) ^ (row & 1 ? 2 * ROW_CHANNELS : 0);
-    const uint4 v = window::load_shared16((address[column] ^ flip) + row * PITCH * 4 * ROW_CHANNELS);
-    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+    return window::load_shared16f((address[column] ^ flip) + row * PITCH * 4 * ROW_CHANNELS);
   }
 };
 
-// The pixel's 25 products with the window of inputs around it.
-template <typename Shape>
-__device__ __forceinline__ void single_products(float (&products)[5][5], uint32_t input, uint32_t grad_output,
-                                                int slot) {
+// Sums of four lanes, each of them over a quarter of the channels of four pixels: a lane gets that of the pixel which
+// has its quarter's number. Two exchanges, each of the half that the other lane wants.
+__device__ __forceinline__ void sum_quarters(float (&mine)[5][5], const float (&sums)[kColumn][25], int quarter) {
+  const bool lower = quarter & 2, odd = quarter & 1;
 #pragma unroll
-  for (int i = 0; i < 25; ++i) products[i / 5][i % 5] = 0.f;
-#pragma unroll 1
-  for (int part = 0; part < Shape::kParts; ++part) {
-    const Neighbours<Shape::kRowChannels, Shape::kPitch> x(input + part * Shape::kPartBytes, slot);
-    const uint32_t own = grad_output + part * Shape::kPartBytes + tile_offset<2 * Shape::kRowChannels>(slot, 0);
-#pragma unroll 1
-    for (int piece = 0; piece < Shape::kRowChannels / 4; ++piece) {
-      const uint4 raw = window::load_shared16(own ^ (piece << 4));
-      const float g[4] = {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
-                          __uint_as_float(raw.w)};
+  for (int i = 0; i < 25; ++i) {
+    float half[2];
 #pragma unroll
-      for (int i = 0; i < 25; ++i) {
-        const float4 v = x.load(i / 5, i % 5, piece);
-        float& sum = products[i / 5][i % 5];
-        sum = fmaf(g[0], v.x, fmaf(g[1], v.y, fmaf(g[2], v.z, fmaf(g[3], v.w, sum))));
-      }
+    for (int y = 0; y < 2; ++y) {
+      const float send = lower ? sums[y][i] : sums[y + 2][i], keep = lower ? sums[y + 2][i] : sums[y][i];
+      half[y] = keep + __shfl_xor_sync(window::kAllLanes, send, 16);
     }
+    const float send = odd ? half[0] : half[1], keep = odd ? half[1] : half[0];
+    mine[i / 5][i % 5] = keep + __shfl_xor_sync(window::kAllLanes, send, 8);
   }
 }
 
-// The pixel's input gradient: its neighbours' grad_output by the weight each of them has for it.
+// Each lane's 25 products of its pixel with the window of inputs around it. `slot`: the unit's first pixel.
+template <typename Shape>
+__device__ __forceinline__ void single_products(float (&products)[5][5], uint32_t input, uint32_t grad_output, int slot,
+                                                int lane) {
+  constexpr int kRowChannels = Shape::kRowChannels, kPitch = Shape::kPitch;
+  const ColumnLane own(lane);
+  float sums[kColumn][25] = {};
+#pragma unroll 1
+  for (int part = 0; part < Shape::kParts; ++part) {
+    const ColumnWindow<kRowChannels, kPitch> x(input + part * Shape::kPartBytes, slot + own.column);
+    const ColumnWindow<kRowChannels, kPitch> pixels(grad_output + part * Shape::kPartBytes, slot + own.column);
+#pragma unroll 1
+    for (int piece = own.quarter; piece < kRowChannels / 4; piece += 4) {
+      float4 g[kColumn];
+#pragma unroll
+      for (int y = 0; y < kColumn; ++y) g[y] = pixels.load(y + 2, 2, piece);
+#pragma unroll
+      for (int row = 0; row < kColumn + 4; ++row) {
+#pragma unroll
+        for (int c = 0; c < 5; ++c) {
+          const float4 v = x.load(row, c, piece);
+#pragma unroll
+          for (int y = 0; y < kColumn; ++y) {
+            if (row < y || row > y + 4) continue;
+            float& sum = sums[y][(row - y) * 5 + c];
+            sum = fmaf(g[y].x, v.x, fmaf(g[y].y, v.y, fmaf(g[y].z, v.z, fmaf(g[y].w, v.w, sum))));
+          }
+        }
+      }
+    }
+  }
+  sum_quarters(products, sums, own.quarter);
+}
+
+// The input gradients of a column: their neighbours' grad_output by the weight each of them has for the pixel.
 template <typename Shape>
 __device__ __forceinline__ void single_input_gradient(uint32_t stage, uint32_t weights, uint32_t grad_output, int slot,
                                                       int lane) {
-  float w[25];
+  constexpr int kRowChannels = Shape::kRowChannels, kPitch = Shape::kPitch;
+  const ColumnLane own(lane);
+  const int first = slot + own.column;
+  float w[kColumn][25];
 #pragma unroll
-  for (int i = 0; i < 25; ++i) {  // neighbour (i / 5 - 2, i % 5 - 2) sees this pixel at the opposite place
-    const int neighbour = slot + (i / 5 - 2) * Shape::kPitch + i % 5 - 2;
-    w[i] = __uint_as_float(window::load_shared(weights + 100 * neighbour + 4 * (24 - i)));
+  for (int y = 0; y < kColumn; ++y) {
+#pragma unroll
+    for (int i = 0; i < 25; ++i) {  // neighbour (i / 5 - 2, i % 5 - 2) sees this pixel at the opposite place
+      const int neighbour = first + (y + i / 5 - 2) * kPitch + i % 5 - 2;
+      w[y][i] = __uint_as_float(window::load_shared(weights + 100 * neighbour + 4 * (24 - i)));
+    }
   }
 #pragma unroll 1
   for (int part = 0; part < Shape::kParts; ++part) {
-    const Neighbours<Shape::kRowChannels, Shape::kPitch> g(grad_output + part * Shape::kPartBytes, slot);
-    const uint32_t to = stage + part * 32 * 4 * Shape::kRowChannels + tile_offset<2 * Shape::kRowChannels>(lane, 0);
+    const ColumnWindow<kRowChannels, kPitch> g(grad_output + part * Shape::kPartBytes, first);
+    const uint32_t to = stage + part * 32 * 4 * kRowChannels;
 #pragma unroll 1
-    for (int piece = 0; piece < Shape::kRowChannels / 4; ++piece) {
-      float sum[4] = {};
+    for (int piece = own.quarter; piece < kRowChannels / 4; piece += 4) {
+      float sum[kColumn][4] = {};
 #pragma unroll
-      for (int i = 0; i < 25; ++i) {
-        const float4 v = g.load(i / 5, i % 5, piece);
-        sum[0] = fmaf(w[i], v.x, sum[0]), sum[1] = fmaf(w[i], v.y, sum[1]);
-        sum[2] = fmaf(w[i], v.z, sum[2]), sum[3] = fmaf(w[i], v.w, sum[3]);
+      for (int row = 0; row < kColumn + 4; ++row) {
+#pragma unroll
+        for (int c = 0; c < 5; ++c) {
+          const float4 v = g.load(row, c, piece);
+#pragma unroll
+          for (int y = 0; y < kColumn; ++y) {
+            if (row < y || row > y + 4) continue;
+            const float weight = w[y][(row - y) * 5 + c];
+            sum[y][0] = fmaf(weight, v.x, sum[y][0]), sum[y][1] = fmaf(weight, v.y, sum[y][1]);
+            sum[y][2] = fmaf(weight, v.z, sum[y][2]), sum[y][3] = fmaf(weight, v.w, sum[y][3]);
+          }
+        }
       }
-      window::store_shared16(to ^ (piece << 4), __float_as_uint(sum[0]), __float_as_uint(sum[1]),
-                             __float_as_uint(sum[2]), __float_as_uint(sum[3]));
+#pragma unroll
+      for (int y = 0; y < kColumn; ++y) {
+        window::store_shared16(to + tile_offset<2 * kRowChannels>(8 * y + own.column, piece), __float_as_uint(sum[y][0]),
+                               __float_as_uint(sum[y][1]), __float_as_uint(sum[y][2]), __float_as_uint(sum[y][3]));
+      }
     }
   }
 }
@@ -212,6 +264,9 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
   __syncthreads();
   window::barrier_wait(barrier, 0);
 
+  const int first_slot = (unit_y + 2) * kPitch + unit_x + 2;  // the unit's
+  float products[5][5];
+  if (active) single_products<Shape>(products, region_a, region_b, first_slot, lane);
   SingleOffsetMask om = load_single(region_c, slot, skip);
   constexpr int kPasses = (Shape::kRing + Shape::kThreads - 1) / Shape::kThreads;
   SingleOffsetMask ring[kPasses];
@@ -224,8 +279,6 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
     ring_slot[pass] = ry * kPitch + rx;
     ring[pass] = load_single(region_c, ring_slot[pass], skip);
   }
-  float products[5][5];
-  if (active) single_products<Shape>(products, region_a, region_b, slot);
   __syncthreads();  // inputs and offsets have been read: results and weights may take their place
 
   const uint32_t stage = region_a + warp * Shape::kInputStage;
@@ -251,7 +304,7 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
   }
   __syncthreads();
   if (active) {
-    single_input_gradient<Shape>(stage, region_c, region_b, slot, lane);
+    single_input_gradient<Shape>(stage, region_c, region_b, first_slot, lane);
     window::publish_to_copies();
     __syncwarp();
     const bool has_input = u_x >= 0 && u_y >= 0 && u_x < args.width_in && u_y < args.height_in;
