@@ -86,4 +86,21 @@ __device__ __forceinline__ uint4 pack_result(const float (&v)[Blend<T>::VALUES])
   }
 }
 
+// 16 bytes of channels of one pixel, its nine samples gathered from memory in the gather kernel's arithmetic. `values`
+// is the first of the (pixel, group)'s offsets in shared memory, `image` the channels in pixel 0, (x, y) the pixel.
+template <typename T>
+__device__ __forceinline__ uint4 gather_samples(const FarContext& c, const uint4* image, uint32_t values, int x, int y) {
+  float sums[8] = {};
+#pragma unroll 3
+  for (int k = 0; k < kTaps; ++k) {
+    const Corners corners = corners_of_tap<T>(c, x, y, k, values);
+    uint4 read[4] = {};  // finite where the sample does not count
+    corners.load(read, c, image);
+    uint32_t weights[Blend<T>::WORDS];
+    Blend<T>::pack(weights, corners.weight);
+    Blend<T>::add(sums, weights, read);
+  }
+  return pack_result<T>(sums);
+}
+
 }  // namespace dcngen::window

@@ -46,11 +46,13 @@ struct Corners {
     const uint32_t pixel = static_cast<uint32_t>(top) * c.width_in + static_cast<uint32_t>(left);
     first = counts ? pixel * c.stride_pieces : 0;
   }
-  // Their 16 bytes of the channels that `image` points to.
+  // Their 16 bytes of the channels that `image` points to; leaves `v` as it is where the sample does not count.
   __device__ __forceinline__ void load(uint4 (&v)[4], const FarContext& c, const uint4* image) const {
     const uint4* from = image + first;
-    v[0] = load_global16(from), v[1] = load_global16(from + c.pixel_pieces);
-    v[2] = load_global16(from + c.row_pieces), v[3] = load_global16(from + c.row_pieces + c.pixel_pieces);
+    load_global16_if(counts, v[0], from);
+    load_global16_if(counts, v[1], from + c.pixel_pieces);
+    load_global16_if(counts, v[2], from + c.row_pieces);
+    load_global16_if(counts, v[3], from + c.row_pieces + c.pixel_pieces);
   }
 
  private:

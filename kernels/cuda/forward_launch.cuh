@@ -19,19 +19,27 @@ cudaError_t encode_maps(ForwardWindow& window, const Params& p) {
 }
 
 template <typename T, typename Shape>
-cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
-  const Params& p = args.p;
-  ForwardWindow window(args, Shape::CHANNELS, kTileChannels);
+cudaError_t launch_window(ForwardWindow& window, const ForwardArgs& args, cudaStream_t stream) {
   if (Shape::BULK) {
-    const cudaError_t error = encode_maps<Shape>(window, p);
+    const cudaError_t error = encode_maps<Shape>(window, args.p);
     if (error != cudaSuccess) return error;
   }
-  const int64_t blocks = window.blocks(p.batch);
+  const int64_t blocks = window.blocks(args.p.batch);
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  const cudaError_t error = launch_with_memory<forward_window_kernel<T, Shape>>(blocks, Shape::THREADS, Shape::BYTES,
-                                                                                stream, Shape::BULK, window);
+  return launch_with_memory<forward_window_kernel<T, Shape>>(blocks, Shape::THREADS, Shape::BYTES, stream, Shape::BULK,
+                                                             window);
+}
+
+template <typename T, int CHANNELS, bool BULK>
+cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
+  using Shape = ForwardShape<CHANNELS, BULK>;
+  ForwardWindow window(args, CHANNELS, kTileChannels);
+  if (is_small(window.blocks(args.p.batch))) {
+    return launch_window<T, ForwardShape<CHANNELS, BULK, true>>(window, args, stream);
+  }
+  const cudaError_t error = launch_window<T, Shape>(window, args, stream);
   if (error != cudaSuccess) return error;
-  return launch_gather<T, GatherShape<T, Shape::CHANNELS, Shape::WARP_SLICES, 4>>(args, stream);
+  return launch_gather<T, GatherShape<T, CHANNELS, Shape::WARP_SLICES, 4>>(args, stream);
 }
 
 // The rule of choice: slices as wide as D allows. Tiles are 8x8 for every map: tiles of 8x16 move fewer bytes but were
@@ -39,10 +47,10 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
 template <typename T, bool BULK>
 cudaError_t launch_chosen(const ForwardArgs& args, cudaStream_t stream) {
   const int channels = args.p.group_channels;
-  if (channels % 64 == 0) return launch_forward<T, ForwardShape<64, BULK>>(args, stream);
-  if (channels % 32 == 0) return launch_forward<T, ForwardShape<32, BULK>>(args, stream);
-  if (channels % 16 == 0) return launch_forward<T, ForwardShape<16, BULK>>(args, stream);
-  return launch_forward<T, ForwardShape<8, BULK>>(args, stream);
+  if (channels % 64 == 0) return launch_forward<T, 64, BULK>(args, stream);
+  if (channels % 32 == 0) return launch_forward<T, 32, BULK>(args, stream);
+  if (channels % 16 == 0) return launch_forward<T, 16, BULK>(args, stream);
+  return launch_forward<T, 8, BULK>(args, stream);
 }
 
 template <typename T>

@@ -27,18 +27,9 @@ __device__ __forceinline__ void gather_task(const FarContext& c, const char* ima
 #pragma unroll 1
   for (int m = lane / LANES; m < 16; m += 32 / LANES) {
     const uint32_t from = values + m * Shape::TAPS_PITCH + chunk / (LANES / 2) * (2 * kGroupValues);
-    float sums[8] = {};
-#pragma unroll 3
-    for (int k = 0; k < kTaps; ++k) {
-      const Corners corners = corners_of_tap<T>(c, x0 + (m & 3), y0 + (m >> 2), k, from);
-      uint4 read[4];
-      corners.load(read, c, reinterpret_cast<const uint4*>(image) + chunk);
-      uint32_t weights[Blend<T>::WORDS];
-      Blend<T>::pack(weights, corners.weight);
-      Blend<T>::add(sums, weights, read);
-    }
+    const uint4 result = gather_samples<T>(c, reinterpret_cast<const uint4*>(image) + chunk, from, x0 + (m & 3),
+                                           y0 + (m >> 2));
     const uint32_t row = staged + to_chunk / 8 * Shape::PANEL_BYTES + m * 128;
-    const uint4 result = pack_result<T>(sums);
     store_shared16(row + ((to_chunk % 8 ^ (m & 7)) << 4), result.x, result.y, result.z, result.w);
   }
   __syncwarp();

@@ -127,22 +127,10 @@ struct LaneImage {
     const char* upper;  // one instruction, of which the compiler makes two where it sees a product of 64 bits
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(upper) : "r"(pixel), "r"(pixel_bytes), "l"(first));
     const char* lower = upper + next_row;
-    load(v[0], upper, pixel != kNoPixel);
-    load(v[1], upper + next_pixel, pixel != kNoPixel);
-    load(v[2], lower, pixel != kNoPixel);
-    load(v[3], lower + next_pixel, pixel != kNoPixel);
-  }
-
- private:
-  static __device__ __forceinline__ void load(uint4& v, const char* from, bool counts) {
-    asm volatile(
-        "{\n"
-        ".reg .pred counts;\n"
-        "setp.ne.b32 counts, %5, 0;\n"
-        "@counts ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];\n"
-        "}\n"
-        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-        : "l"(from), "r"(static_cast<int>(counts)));
+    load_global16_if(pixel != kNoPixel, v[0], upper);
+    load_global16_if(pixel != kNoPixel, v[1], upper + next_pixel);
+    load_global16_if(pixel != kNoPixel, v[2], lower);
+    load_global16_if(pixel != kNoPixel, v[3], lower + next_pixel);
   }
 };
 

@@ -3,10 +3,12 @@
 // A warp owns 32 (pixel, group) pairs at a time, one a lane: two units of a 4x4 pixel block and one group. Each lane
 // turns its offsets and masks into a row of its unit's matrix S while the input tile is still arriving; then the warp
 // multiplies S by the window. Far samples are left out of S; where a warp has few of them their corners become further
-// columns of its products, else its pixels are left to the gather kernel, which is launched after this one.
+// columns of its products, else its pixels are left to the gather kernel, which is launched after this one. In a small
+// problem (ALONE) the warp gathers them itself: a second launch would cost more than that, on the host and the device.
 #pragma once
 
 #include "copy_engine.cuh"
+#include "forward_blend.cuh"
 #include "forward_problem.cuh"
 #include "window.cuh"
 
@@ -17,10 +19,10 @@ struct ForwardWindow : ForwardTiles {
   using ForwardTiles::ForwardTiles;
 };
 
-// BULK: tiles come by the copy engine of sm_90, else by the threads.
-template <int CHANNELS_, bool BULK_>
+// BULK: tiles come by the copy engine of sm_90, else by the threads. ALONE: no gather kernel follows.
+template <int CHANNELS_, bool BULK_, bool ALONE_ = false>
 struct ForwardShape {
-  static constexpr bool BULK = BULK_;
+  static constexpr bool BULK = BULK_, ALONE = ALONE_;
   static constexpr int CHANNELS = CHANNELS_;  // of a slice
   static constexpr int TILE_H = TileGrid::SIDE, TILE_W = TILE_H;
   static constexpr int BLOCKS_X = TILE_W / 4;                   // 4x4 pixel blocks in a row of the tile
@@ -48,7 +50,7 @@ struct ForwardShape {
   // Blocks a multiprocessor should hold: what shared memory allows, but with registers enough that nothing spills.
   static constexpr int REGISTERS = BULK || WARP_TASKS == 1 ? 96 : 128;
   static constexpr int BY_MEMORY = 227 * 1024 / (BYTES + 1024), BY_REGISTERS = 65536 / (REGISTERS * THREADS);
-  static constexpr int MIN_BLOCKS = BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
+  static constexpr int MIN_BLOCKS = ALONE ? 1 : BY_MEMORY < BY_REGISTERS ? BY_MEMORY : BY_REGISTERS;
 
   static __device__ __forceinline__ int block_y(int block) { return block / BLOCKS_X * 4; }
   static __device__ __forceinline__ int block_x(int block) { return block % BLOCKS_X * 4; }
@@ -176,6 +178,29 @@ __device__ __forceinline__ void wait_for_input(uint32_t tile) {
   }
 }
 
+// All that a warp computes, gathered from memory: for blocks that no gather kernel follows. `own` has the warp's offsets
+// and masks, from value `first_value` of a pixel on.
+template <typename Shape, typename T>
+__device__ __forceinline__ void gather_warp(const ForwardWindow& p, const OutputTile& at, const T* image, T* output,
+                                            uint32_t own, int first_block, int first_slice, int first_value,
+                                            int lane) {
+  constexpr int PIECES = Shape::CHANNELS / 8;  // of a slice, 16 bytes each
+#pragma unroll 1
+  for (int item = lane; item < 2 * Shape::WARP_TASKS * 16 * PIECES; item += 32) {
+    const int unit = item / (16 * PIECES), m = item / PIECES % 16;
+    const int unit_block = Shape::SLICES == 1 ? unit : 0, slice = first_slice + unit - unit_block;
+    const int y = Shape::block_y(first_block + unit_block) + (m >> 2);
+    const int x = Shape::block_x(first_block + unit_block) + (m & 3), pixel = at.pixel(p, y, x);
+    if (slice >= p.slices || pixel < 0) continue;
+    const int channel = slice * Shape::CHANNELS + item % PIECES * 8;
+    const int value = static_cast<int>(p.slices_per_group.divide(slice)) * kGroupValues - first_value;
+    const uint32_t values = own + (unit_block * 16 + m) * Shape::Span::PITCH + value * 2;
+    store_global16(output + pixel * p.output_stride + channel,
+                   gather_samples<T>(p.far, reinterpret_cast<const uint4*>(image + channel), values, at.x0 + x,
+                                     at.y0 + y));
+  }
+}
+
 template <typename T, typename Shape>
 __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
   extern __shared__ __align__(1024) unsigned char window_memory[];
@@ -236,6 +261,11 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
     const unsigned pixels = __reduce_add_sync(kAllLanes, exists ? 1u << 16 * unit_of_lane : 0);
     many_far |= (unit_far[task] & 0xffff) * 16 > kMostFar * (pixels & 0xffff) ||
                 (unit_far[task] >> 16) * 16 > kMostFar * (pixels >> 16);
+  }
+  if (many_far && Shape::ALONE) {
+    gather_warp<Shape>(p, at, image(), output, own, first_block, first_slice, first_value, lane);
+    wait_for_input<Shape>(tile);  // the block must not end while it arrives
+    return;
   }
   if (many_far) {
     if (lane < Shape::WARP_PIXEL_BLOCKS && first_slice < p.slices) {

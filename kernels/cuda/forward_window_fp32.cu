@@ -4,7 +4,7 @@
 // A block computes 8x8 output pixels x 32 channels. First a thread a (pixel, group) turns offsets and masks into a
 // stencil in shared memory; then every thread computes four neighbouring pixels x four channels from an input window of
 // 5 x 8 pixels, and adds the far samples by a gather. A warp with many of them leaves its 16 pixels to the gather
-// kernel.
+// kernel; a small problem (`alone`) has none, and the threads gather them as they do few.
 #include "forward_gather.cuh"
 #include "forward_problem.cuh"
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void add_far(float (&sum)[4], unsigned far, const Far
   for (; far; far &= far - 1) {
     const int k = __ffs(far) - 1;
     const Corners corners = corners_of_tap<float>(c, x, y, k, values);
-    uint4 v[4];
+    uint4 v[4] = {};  // finite where the sample does not count
     corners.load(v, c, reinterpret_cast<const uint4*>(image));
     uint32_t weights[4];
     Blend<float>::pack(weights, corners.weight);
@@ -81,7 +81,8 @@ __device__ __forceinline__ bool many_far(uint32_t far_at, const ForwardTiles& p,
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(const __grid_constant__ ForwardTiles p) {
+__global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(const __grid_constant__ ForwardTiles p,
+                                                                                const bool alone) {
   extern __shared__ __align__(128) unsigned char fp32_memory[];
   using Tile = typename S::Tile;
   const uint32_t tile = smem_address(fp32_memory);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, S::MIN_BLOCKS) forward_fp32_kernel(c
 
   // Four pixels of a row (a quad) x four channels.
   const int vector = thread % 8, quad = thread / 8, row = quad / 2, column = quad % 2 * 4;
-  if (any_far && many_far<S>(tile + S::FAR_AT, p, first_slice, y0, x0, thread)) {
+  if (any_far && !alone && many_far<S>(tile + S::FAR_AT, p, first_slice, y0, x0, thread)) {
     const int64_t pixel = (y0 + thread / 32 * 2) * p.width_out + x0;  // exists, else nothing of the warp's does
     float* to = output_at(pixel, chunk * kChannels);
     if (thread % 32 == 0) *reinterpret_cast<LeftMark<float>::Word*>(to) = LeftMark<float>::VALUE;
@@ -178,9 +179,10 @@ cudaError_t launch(const ForwardArgs& args, cudaStream_t stream) {
   const ForwardTiles problem(args, S::CHANNELS, kChannels);
   const int64_t blocks = problem.blocks(args.p.batch);
   if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
+  const bool alone = is_small(blocks);
   const cudaError_t error =
-      launch_with_memory<forward_fp32_kernel<S>>(blocks, kThreads, S::BYTES, stream, bulk_copies(), problem);
-  if (error != cudaSuccess) return error;
+      launch_with_memory<forward_fp32_kernel<S>>(blocks, kThreads, S::BYTES, stream, bulk_copies(), problem, alone);
+  if (error != cudaSuccess || alone) return error;
   return launch_gather<float, GatherShape<float, S::CHANNELS, S::SLICES, kTile>>(args, stream);
 }
 

@@ -116,11 +116,17 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
                : "memory");
   return v;
 }
-// Reads of the input. Volatile, so that the compiler issues several before it uses the first.
-__device__ __forceinline__ uint4 load_global16(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  return v;
+// A read of the input where `counts`; leaves v as it is elsewhere. Volatile, so that the compiler issues several before it
+// uses the first.
+__device__ __forceinline__ void load_global16_if(bool counts, uint4& v, const void* from) {
+  asm volatile(
+      "{\n"
+      ".reg .pred counts;\n"
+      "setp.ne.b32 counts, %5, 0;\n"
+      "@counts ld.global.nc.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+      "}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<int>(counts)));
 }
 // A volatile 16-byte store: the compiler splits a plain one where it cannot see the alignment.
 __device__ __forceinline__ void store_global16(void* to, uint4 v) {

@@ -156,5 +156,28 @@ def assert_close(geometry: Geometry, got, exact, plain, dtype: torch.dtype, *, u
 def check(geometry: Geometry, dtype: torch.dtype, **options) -> None:
     """The compiled operator against the float64 reference on fresh inputs."""
     tensors = make(geometry, dtype, **options)
-    assert_close(geometry, native(geometry, *tensors), reference(geometry, *tensors),
-                 reference(geometry, *tensors, dtype=dtype), dtype)  # fmt: skip
+    check_tensors(geometry, tensors, reference(geometry, *tensors, dtype=dtype), dtype)
+
+
+def check_tensors(geometry: Geometry, tensors, plain, dtype: torch.dtype, *, units: float = 2) -> None:
+    """The compiled operator against the float64 reference, and `plain`, on these inputs: alone and among many images.
+
+    Small problems have a forward kernel of their own, so the images are repeated until the problem is none.
+    """
+    exact = reference(geometry, *tensors)
+    assert_close(geometry, native(geometry, *tensors), exact, plain, dtype, units=units)
+    if copies := copies_that_are_many(geometry):
+        many = native(geometry, *(t.repeat(copies, 1, 1, 1) for t in tensors))
+        of_last = [t[-geometry.batch :] for t in many]
+        assert_close(geometry, of_last, exact, plain, dtype, units=units)
+
+
+def copies_that_are_many(geometry: Geometry) -> int:
+    """How often to repeat the images so that their tiles are more than a small problem's (`is_small` of kernels/cuda).
+
+    0 where they are more by themselves, and where there are none.
+    """
+    height, width = geometry.output_size()
+    tiles = geometry.batch * -(-height // 8) * -(-width // 8)
+    most = 4 * torch.cuda.get_device_properties(0).multi_processor_count
+    return most // tiles + 1 if 0 < tiles <= most else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -43,6 +44,14 @@ def operator_cases() -> Iterator[Case]:
         yield f"deterministic {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_reproducibly(g, d, s)
         yield f"not finite {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s, not_finite=True)
         yield f"packed {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_packed(g, d, s)
+
+
+def many_cases() -> Iterator[Case]:
+    """As operator_cases, with more tiles than a small problem's: the window forward and the kernel after it."""
+    for dtype, group_channels, std in product(DTYPES, [8, 16, 32, 64], [0.2, 0.45, 1.0]):
+        geometry = Geometry(1, 5, 9, 3, group_channels)
+        geometry = replace(geometry, batch=helpers.copies_that_are_many(geometry))
+        yield f"many {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s)
 
 
 def projected_cases() -> Iterator[Case]:
@@ -89,7 +98,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run cases whose name contains this")
     options = parser.parse_args()
     projected.LEAST_PIXELS = 0
-    cases = [case for case in [*operator_cases(), *projected_cases()] if options.only in case[0]][:: options.every]
+    cases = [*operator_cases(), *many_cases(), *projected_cases()]
+    cases = [case for case in cases if options.only in case[0]][:: options.every]
     for name, run in cases:
         try:
             run()
