@@ -26,10 +26,9 @@ library.define(
     f"dcnv4_backward(Tensor grad_output, Tensor input, Tensor offset_mask, {SCALARS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("dcnv4", launch.forward_cpu, "CPU")
-library.impl("dcnv4", launch.forward_cuda, "CUDA")
-library.impl("dcnv4_backward", launch.backward_cpu, "CPU")
-library.impl("dcnv4_backward", launch.backward_cuda, "CUDA")
+for _key in ("CPU", "CUDA"):
+    library.impl("dcnv4", lambda input, offset_mask, *scalars: launch.forward(input, offset_mask, scalars), _key)
+    library.impl("dcnv4_backward", lambda grad, input, om, *scalars: launch.backward(grad, input, om, scalars), _key)
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -94,7 +93,7 @@ def dcnv4(
         return _forward_op(input, offset_mask, *scalars)
     if torch.is_grad_enabled() and (input.requires_grad or offset_mask.requires_grad):
         return _EagerDCNv4.apply(input, offset_mask, scalars)
-    return launch.forward(input, offset_mask, *scalars)
+    return launch.forward(input, offset_mask, scalars)
 
 
 def scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax) -> tuple:
@@ -156,9 +155,9 @@ def _backward_fake(grad_output, input, offset_mask, *scalars):
 
 
 def _setup_context(ctx, inputs, output):
-    input, offset_mask, *scalars = inputs
+    input, offset_mask = inputs[:2]
     ctx.save_for_backward(input, offset_mask)
-    ctx.scalars = scalars
+    ctx.scalars = inputs[2:]
 
 
 def _backward(ctx, grad_output):
@@ -170,7 +169,7 @@ def _gradients(ctx, grad_output):
     if torch.is_grad_enabled():  # create_graph=True: these gradients must be differentiable themselves
         return _differentiable_backward(grad_output, input, offset_mask, ctx.scalars)
     if is_plain_eager(input, offset_mask) and is_plain_gradient(grad_output):
-        return launch.backward(grad_output, input, offset_mask, *ctx.scalars)
+        return launch.backward(grad_output, input, offset_mask, ctx.scalars)
     return _backward_op(grad_output, input, offset_mask, *ctx.scalars)
 
 
@@ -188,7 +187,7 @@ class _EagerDCNv4(torch.autograd.Function):
     def forward(ctx, input, offset_mask, scalars):
         ctx.save_for_backward(input, offset_mask)
         ctx.scalars = scalars
-        return launch.forward(input, offset_mask, *scalars)
+        return launch.forward(input, offset_mask, scalars)
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,11 @@ from .geometry import Geometry, check_tensors, make_geometry
 from .native import DCNv4Params
 from .reference import reference_forward
 
+try:  # what the code of torch.compile allocates with, for the host's time; not a public name
+    from torch._C._dynamo.guards import _empty_strided_cuda
+except ImportError:
+    _empty_strided_cuda = None
+
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # dcngen_dtype
 _MAX_PLANS = 4096
 
@@ -27,18 +31,14 @@ _plans: dict[tuple, Plan] = {}
 Gradients = tuple[torch.Tensor, torch.Tensor]  # of input and of offset_mask
 
 
-def geometry_of(scalars: Sequence) -> Geometry:
-    """The operator's arguments after the tensors, in the order of its schema, checked; kept, since layers ask often."""
-    return _geometry_of(tuple(scalars))
-
-
 @functools.lru_cache(maxsize=_MAX_PLANS)
-def _geometry_of(scalars: tuple) -> Geometry:
+def geometry_of(scalars: tuple) -> Geometry:
+    """The operator's arguments after the tensors, in the order of its schema, checked; kept, since layers ask often."""
     kh, kw, sh, sw, ph, pw, dh, dw, groups, offset_scale, remove_center, softmax = scalars
     return make_geometry((kh, kw), (sh, sw), (ph, pw), (dh, dw), groups, offset_scale, remove_center, softmax)
 
 
-def forward_cpu(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.Tensor:
+def forward_cpu(input: torch.Tensor, offset_mask: torch.Tensor, scalars: tuple) -> torch.Tensor:
     library = native_library("cpu", input.dtype, scalars[0] * scalars[1])
     if library is None:
         return _forward_reference(input, offset_mask, scalars)
@@ -52,7 +52,11 @@ def forward_cpu(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> tor
 
 
 def backward_cpu(
-    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars, into: Gradients | None = None
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    offset_mask: torch.Tensor,
+    scalars: tuple,
+    into: Gradients | None = None,
 ) -> Gradients:
     """The gradients of input and offset_mask, written to the tensors of `into` where there are some."""
     library = native_library("cpu", input.dtype, scalars[0] * scalars[1])
@@ -73,13 +77,13 @@ def backward_cpu(
     return grad_input, grad_offset_mask
 
 
-def forward_cuda(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.Tensor:
+def forward_cuda(input: torch.Tensor, offset_mask: torch.Tensor, scalars: tuple) -> torch.Tensor:
     library = native_library("cuda", input.dtype)
     if library is None:
         return _forward_reference(input, offset_mask, scalars)
     plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
-    output = _new_output(plan, input)
     device = input.get_device()
+    output = _new_cuda_output(plan, input, device)
     if library.dcngen_cuda_dcnv4_forward(
         plan.address,
         input.data_ptr(),
@@ -93,7 +97,11 @@ def forward_cuda(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> to
 
 
 def backward_cuda(
-    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars, into: Gradients | None = None
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    offset_mask: torch.Tensor,
+    scalars: tuple,
+    into: Gradients | None = None,
 ) -> Gradients:
     """As backward_cpu; the tensors of `into` begin on 16 bytes."""
     library = native_library("cuda", input.dtype)
@@ -125,19 +133,30 @@ def backward_cuda(
     return grad_input, grad_offset_mask
 
 
-def forward(input: torch.Tensor, offset_mask: torch.Tensor, *scalars) -> torch.Tensor:
-    return (forward_cuda if input.is_cuda else forward_cpu)(input, offset_mask, *scalars)
+def forward(input: torch.Tensor, offset_mask: torch.Tensor, scalars: tuple) -> torch.Tensor:
+    return (forward_cuda if input.is_cuda else forward_cpu)(input, offset_mask, scalars)
 
 
 def backward(
-    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, *scalars, into: Gradients | None = None
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    offset_mask: torch.Tensor,
+    scalars: tuple,
+    into: Gradients | None = None,
 ) -> Gradients:
-    return (backward_cuda if input.is_cuda else backward_cpu)(grad_output, input, offset_mask, *scalars, into=into)
+    return (backward_cuda if input.is_cuda else backward_cpu)(grad_output, input, offset_mask, scalars, into)
 
 
 def _new_output(plan: Plan, input: torch.Tensor) -> torch.Tensor:
     # empty_like takes half the host's time of new_empty, but copies the strides of its model too.
     return torch.empty_like(input) if plan.output_is_like_input else input.new_empty(plan.output_shape)
+
+
+def _new_cuda_output(plan: Plan, input: torch.Tensor, device: int) -> torch.Tensor:
+    # Two thirds of empty_like's time; it knows the current device only.
+    if _empty_strided_cuda is not None and torch._C._cuda_getDevice() == device:
+        return _empty_strided_cuda(plan.output_shape, plan.output_strides, input.dtype)
+    return _new_output(plan, input)
 
 
 def forward_projected(
@@ -146,7 +165,7 @@ def forward_projected(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     save_output: bool,
-    *scalars,
+    scalars: tuple,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """linear(forward(...), weight, bias), in one kernel where there is one, and the forward's output.
 
@@ -157,8 +176,8 @@ def forward_projected(
         plan, input, offset_mask, _ = _prepare(input, offset_mask, None, scalars)
         if _projects(library, plan, input, offset_mask, weight, bias):
             output = input.new_empty(plan.output_shape if save_output else 0)
-            projected = _new_output(plan, input)
             device = input.get_device()
+            projected = _new_cuda_output(plan, input, device)
             if library.dcngen_cuda_dcnv4_forward_projected(
                 plan.address,
                 input.data_ptr(),
@@ -172,7 +191,7 @@ def forward_projected(
             ):
                 raise _cuda_error(library, device)
             return projected, output
-    output = forward(input, offset_mask, *scalars)
+    output = forward(input, offset_mask, scalars)
     return F.linear(output, weight, bias), output if save_output else output.new_empty(0)
 
 
@@ -208,21 +227,23 @@ class Plan:
     """One call's checked shapes and its C parameters, at an address that lives as long as the plan."""
 
     __slots__ = (
-        "address", "copies", "geometry", "output_is_like_input", "output_shape", "params", "projects",
+        "address", "copies", "geometry", "output_is_like_input", "output_shape", "output_strides", "params", "projects",
         "workspace_bytes",
     )  # fmt: skip
 
-    def __init__(self, input, offset_mask, grad_output, scalars: tuple, deterministic: bool, into: Gradients | None):
+    def __init__(self, input, offset_mask, grad_output, scalars: tuple, into: Gradients | None):
         self.geometry = geometry_of(scalars)
         height_out, width_out = check_tensors(input, offset_mask, self.geometry)
         self.output_shape = (input.shape[0], height_out, width_out, input.shape[3])
         if grad_output is not None:
             _check_gradient(grad_output, input, self.output_shape)
+        channels, row = input.shape[3], width_out * input.shape[3]
+        self.output_strides = (height_out * row, row, channels, 1)
         self.output_is_like_input = input.shape == self.output_shape and input.is_contiguous()
         strides = [pixel_stride(t) for t in (input, offset_mask, grad_output) if t is not None]
         self.copies = tuple(stride is None for stride in strides) if None in strides else None
         self.params = _params(input, offset_mask, self.output_shape, self.geometry, strides)
-        self.params.deterministic = deterministic
+        self.params.deterministic = grad_output is not None and torch.are_deterministic_algorithms_enabled()
         if into is not None:
             self.params.grad_input_pixel_stride = into[0].stride(2)
             self.params.grad_offset_mask_pixel_stride = into[1].stride(2)
@@ -287,16 +308,6 @@ def _params(input, offset_mask, output_shape, geometry: Geometry, strides: list[
 
 def _prepare(input, offset_mask, grad_output, scalars: tuple, into: Gradients | None = None):
     """The plan of this call, and the tensors as the kernels can read them."""
-    of_grad = None
-    if grad_output is not None:
-        of_grad = (
-            grad_output.shape,
-            grad_output.stride(),
-            grad_output.dtype,
-            grad_output.get_device(),
-            torch.are_deterministic_algorithms_enabled(),
-        )
-    of_results = None if into is None else (into[0].stride(2), into[1].stride(2), into[1].shape[3])
     key = (
         input.shape,
         input.stride(),
@@ -306,13 +317,15 @@ def _prepare(input, offset_mask, grad_output, scalars: tuple, into: Gradients | 
         offset_mask.stride(),
         offset_mask.dtype,
         offset_mask.get_device(),
-        of_grad,
-        of_results,
         scalars,
     )
+    if grad_output is not None:
+        of_grad = grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.get_device()
+        of_results = None if into is None else (into[0].stride(2), into[1].stride(2), into[1].shape[3])
+        key = (key, of_grad, of_results, torch.are_deterministic_algorithms_enabled())
     plan = _plans.get(key)
     if plan is None:
-        plan = Plan(input, offset_mask, grad_output, scalars, of_grad is not None and of_grad[-1], into)
+        plan = Plan(input, offset_mask, grad_output, scalars, into)
         if len(_plans) >= _MAX_PLANS:  # a plan is cheap to make again
             _plans.clear()
         _plans[key] = plan

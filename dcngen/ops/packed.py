@@ -75,7 +75,7 @@ def dcnv4_packed(
 
 
 def _forward(packed: torch.Tensor, channels: int, *scalars) -> torch.Tensor:
-    return launch.forward(*split_packed(packed, channels, launch.geometry_of(scalars)), *scalars)
+    return launch.forward(*split_packed(packed, channels, launch.geometry_of(scalars)), scalars)
 
 
 def _backward(grad_output: torch.Tensor, packed: torch.Tensor, channels: int, *scalars) -> torch.Tensor:
@@ -83,9 +83,9 @@ def _backward(grad_output: torch.Tensor, packed: torch.Tensor, channels: int, *s
     grad = packed.new_empty(packed.shape)
     parts = grad[..., :channels], grad[..., channels:]
     if all(tensor.stride(2) * tensor.element_size() % 16 == 0 == tensor.data_ptr() % 16 for tensor in parts):
-        launch.backward(grad_output, input, offset_mask, *scalars, into=parts)
+        launch.backward(grad_output, input, offset_mask, scalars, parts)
     else:  # the copy engine, which writes whole pieces of 16 bytes, cannot write these
-        of_input, of_offset_mask = launch.backward(grad_output, input, offset_mask, *scalars)
+        of_input, of_offset_mask = launch.backward(grad_output, input, offset_mask, scalars)
         parts[0].copy_(of_input)
         parts[1].zero_()[..., : of_offset_mask.shape[3]].copy_(of_offset_mask)
     return grad
@@ -108,7 +108,8 @@ def _backward_fake(grad_output, packed, channels, *scalars):
 
 
 def _setup_context(ctx, inputs, output):
-    packed, ctx.channels, *ctx.scalars = inputs
+    packed, ctx.channels = inputs[:2]
+    ctx.scalars = inputs[2:]
     ctx.save_for_backward(packed)
 
 

@@ -120,7 +120,7 @@ def _device_has_kernel(device: int) -> bool:
 
 def _forward(packed, weight, bias, channels: int, save_output: bool, *scalars):
     input, offset_mask = split_packed(packed, channels, launch.geometry_of(scalars))
-    return launch.forward_projected(input, offset_mask, weight, bias, save_output, *scalars)
+    return launch.forward_projected(input, offset_mask, weight, bias, save_output, scalars)
 
 
 for _key in ("CPU", "CUDA"):
@@ -135,7 +135,8 @@ def _forward_fake(packed, weight, bias, channels, save_output, *scalars):
 
 
 def _setup_context(ctx, inputs, output):
-    packed, weight, bias, ctx.channels, _, *ctx.scalars = inputs
+    packed, weight, bias, ctx.channels = inputs[:4]
+    ctx.scalars = inputs[5:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(packed, weight, bias, output[1])

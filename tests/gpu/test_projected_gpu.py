@@ -41,7 +41,7 @@ def call(geometry: Geometry, packed, weight, bias, save_output: bool):
     scalars = (3, 3, 1, 1, 1, 1, 1, 1, geometry.groups, geometry.offset_scale, False, False)
     plan, *_ = launch._prepare(*parts, None, scalars)
     assert launch._projects(native.cuda_library(), plan, *parts, weight, bias)
-    return launch.forward_projected(*parts, weight, bias, save_output, *scalars)
+    return launch.forward_projected(*parts, weight, bias, save_output, scalars)
 
 
 def assert_near(got, expected, tolerance: float = 1e-2) -> None:

@@ -68,8 +68,8 @@ def test_a_thread_that_has_not_used_the_device():
     into = tuple(torch.empty_like(t) for t in expected)  # no allocation in the thread, which might make a context
     scalars = (3, 3, 1, 1, 1, 1, 1, 1, GEOMETRY.groups, 1.0, False, False)
     with ThreadPoolExecutor(1) as pool:
-        got = pool.submit(launch.backward, grad, value, offset_mask, *scalars, into=into).result()
-        assert torch.equal(pool.submit(launch.forward, value, offset_mask, *scalars).result(), output)
+        got = pool.submit(launch.backward, grad, value, offset_mask, scalars, into).result()
+        assert torch.equal(pool.submit(launch.forward, value, offset_mask, scalars).result(), output)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
