@@ -214,7 +214,7 @@ __device__ __forceinline__ void single_input_gradient(uint32_t stage, uint32_t w
 // Writes the warp's staged gradients of offset_mask, a pixel at a time.
 __device__ __forceinline__ void write_single(const TileArgs& args, uint32_t stage, int n, int group, int u_x, int u_y,
                                              int lane) {
-  const int x0 = u_x - args.shift_x, y0 = u_y - args.shift_y, used = 27 * args.groups;
+  const int x0 = u_x - args.shift_x, y0 = u_y - args.shift_y;
 #pragma unroll 4
   for (int pixel = 0; pixel < 32; ++pixel) {
     const int ow = x0 + (pixel & 7), oh = y0 + (pixel >> 3);
@@ -222,7 +222,6 @@ __device__ __forceinline__ void write_single(const TileArgs& args, uint32_t stag
     float* to = static_cast<float*>(args.grad_offset_mask) +
                 ((int64_t{n} * args.height_out + oh) * args.width_out + ow) * args.grad_offset_mask_stride;
     if (lane < 27) to[27 * group + lane] = __uint_as_float(window::load_shared(stage + 108 * pixel + 4 * lane));
-    if (group == args.groups - 1 && used + lane < args.channels) to[used + lane] = 0.f;
   }
 }
 
@@ -313,9 +312,10 @@ __global__ void __launch_bounds__(SingleShape<D, UNITS_X, UNITS_Y>::kThreads,
         window::store_box(maps.grad_input, stage + part * 32 * 4 * Shape::kRowChannels,
                           group * D + part * Shape::kRowChannels, u_x, u_y, n);
         window::store_commit();
-        window::store_wait_read();
       }
     }
+    if (group == args.groups - 1) clear_padding<float>(args, n, u_x - args.shift_x, u_y - args.shift_y, lane);
+    if (lane == 0) window::store_wait_read();
   }
 #endif
 }

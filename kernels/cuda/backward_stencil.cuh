@@ -249,6 +249,24 @@ __device__ __forceinline__ void pixel_gradients(const OffsetMask& om, const floa
   frame.clear_unused();
 }
 
+// Zeros behind the last group's numbers, in the pixels of the unit whose first output is (x0, y0): four lanes a pixel, 16
+// bytes at a time but for the ends.
+template <typename T>
+__device__ __forceinline__ void clear_padding(const TileArgs& args, int n, int x0, int y0, int lane) {
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+  const int used = 27 * args.groups, begin = min((used + kPiece - 1) / kPiece * kPiece, args.channels);
+  const int end = args.channels - (args.channels - begin) % kPiece, x = x0 + (lane >> 2), part = lane & 3;
+  if (used == args.channels || x < 0 || x >= args.width_out) return;
+#pragma unroll 1
+  for (int y = max(y0, 0); y < min(y0 + 4, args.height_out); ++y) {
+    T* to = static_cast<T*>(args.grad_offset_mask) +
+            ((int64_t{n} * args.height_out + y) * args.width_out + x) * args.grad_offset_mask_stride;
+    for (int c = used + part; c < begin; c += 4) to[c] = T{};
+    for (int c = begin + kPiece * part; c < end; c += 4 * kPiece) window::store_global16(to + c, make_uint4(0, 0, 0, 0));
+    for (int c = end + part; c < args.channels; c += 4) to[c] = T{};
+  }
+}
+
 // Pixel number `index` of the halo, row by row above and below, then the two columns left and right.
 template <typename Shape>
 __device__ __forceinline__ void ring_pixel(int index, int& x, int& y) {

@@ -73,13 +73,6 @@ __device__ __forceinline__ void write_offset_mask(const TileArgs& args, uint32_t
       if (alone && inside) to[odd] = static_cast<uint16_t>(v);
     }
   }
-  if (group == args.groups - 1) {
-    const int ow = x0 + (lane & 7), oh = y0 + (lane >> 3);
-    if (ow < 0 || ow >= args.width_out || oh < 0 || oh >= args.height_out) return;
-    uint16_t* to = static_cast<uint16_t*>(args.grad_offset_mask) +
-                   ((int64_t{n} * args.height_out + oh) * args.width_out + ow) * stride;
-    for (int c = 27 * args.groups; c < args.channels; ++c) to[c] = 0;
-  }
 }
 
 template <typename T, int D, int UNITS_X, int UNITS_Y>
@@ -193,8 +186,10 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     if (lane == 0 && has_input) {
       window::store_box(maps.grad_input, stage, group * D, u_x, u_y, n);
       window::store_commit();
-      window::store_wait_read();
     }
+    // Here registers are free.
+    if (group == args.groups - 1) clear_padding<uint16_t>(args, n, u_x - args.shift_x, u_y - args.shift_y, lane);
+    if (lane == 0) window::store_wait_read();
   }
 #endif
 }

@@ -243,15 +243,15 @@ enum class Need { kNothing, kGather, kProducts };
 template <int SIDE, bool WHOLE>
 __device__ __forceinline__ Need need_of(const FarArgs& args, uint32_t number) {
   using Window = WideWindow<SIDE, WHOLE>;
+  if (!Window::has_far_samples(args, number)) return Need::kNothing;
   const int pieces = Window::pieces(args), lower = Window::lower(args);
-  int any = 0, in_reach = 0;
+  int in_reach = 0;
   for (int i = 0; i < pieces; ++i) {
     const int64_t unit = Window::upper_unit(args, number, i);
     const int a = args.tile.far_units[unit], b = args.tile.far_units[unit + lower];
-    any |= a | b;
     in_reach += (a ? a - 1 : 0) + (b ? b - 1 : 0);
   }
-  return any == 0 ? Need::kNothing : in_reach < pieces * args.few_samples ? Need::kGather : Need::kProducts;
+  return in_reach < pieces * args.few_samples ? Need::kGather : Need::kProducts;
 }
 
 // The windows that need a gather, of those from `first` on: the warps take their units in turn.
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks)
     const unsigned dense = __ballot_sync(window::kAllLanes, need == Need::kProducts);
     const unsigned sparse = __ballot_sync(window::kAllLanes, need == Need::kGather);
     if (lane == 0) window::store_shared8(flags + 8 * warp, dense, sparse);
-    __syncthreads();
+    if (!__syncthreads_or((dense | sparse) != 0)) continue;
     if constexpr (WHOLE) {
       gather_windows<T, D, SIDE>(args, first, flags, reinterpret_cast<uint16_t*>(wide_shared) + warp * kUnitSamples);
       __syncthreads();

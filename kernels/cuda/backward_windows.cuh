@@ -101,6 +101,23 @@ struct WideWindow {
     }
     return (tile << args.log_units_per_tile) + column;
   }
+  // Whether a unit of its tiles is flagged. The flags of a tile are two or four bytes one behind the other.
+  static __device__ __forceinline__ bool has_far_samples(const FarArgs& args, uint32_t number) {
+    if constexpr (!WHOLE) {
+      const uint8_t* flag = args.tile.far_units + upper_unit(args, number, 0);
+      return (flag[0] | flag[lower(args)]) != 0;
+    }
+    uint32_t n = number, some = 0;
+    const uint32_t group = args.tile.by_group.split(n), step = args.tile.groups << args.log_units_per_tile;
+    const int count = tiles(args);
+    const uint8_t* flags = args.tile.far_units + (int64_t{n} * count * step + (group << args.log_units_per_tile));
+#pragma unroll 2
+    for (int i = 0; i < count; ++i, flags += step) {
+      some |= args.log_units_per_tile == 2 ? *reinterpret_cast<const uint32_t*>(flags)
+                                           : *reinterpret_cast<const uint16_t*>(flags);
+    }
+    return some != 0;
+  }
   __device__ __forceinline__ WideWindow(const FarArgs& args, const Unit& unit) : n(unit.n), group(unit.group) {
     x = WHOLE ? 0 : window_begin<SIDE>(unit.u_x, args.tile.width_in);
     y = WHOLE ? 0 : window_begin<SIDE>(unit.u_y, args.tile.height_in);

@@ -192,10 +192,10 @@ def test_tensors_that_begin_between_sixteen_bytes(dtype):
     assert_close(geometry, native(geometry, *shifted), exact, plain, dtype)
 
 
-@pytest.mark.parametrize("padding", [0, 4, 10, 20], ids="padding {}".format)
+@pytest.mark.parametrize("padding", [0, 4, 10, 20, 84, 150], ids="padding {}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_tensors(dtype, padding):
-    """With paddings of 4 and 20 a pixel is whole pieces of 16 bytes in every dtype: gradients are written in place."""
+    """With paddings of 4, 20, 84 a pixel is whole pieces of 16 bytes in every dtype: gradients are written in place."""
     geometry = Geometry(2, 9, 13, 4, 32)
     value, offset_mask, grad = make(geometry, dtype, offset_std=0.2)
     used = 3 * geometry.groups * geometry.taps
