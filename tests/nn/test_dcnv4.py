@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from dcngen.nn import DCNv4
-from dcngen.ops import dcnv4_reference
+from dcngen.nn.dcnv4 import _padded_width
+from dcngen.ops import dcnv4_reference, offset_mask_channels
 
 PROJECTIONS = ["value_proj.weight", "value_proj.bias", "output_proj.weight", "output_proj.bias"]
 OFFSET_MASK = ["offset_mask.weight", "offset_mask.bias"]
@@ -156,6 +157,17 @@ def test_fused_projections_are_one_product(channels, group, width):
     module = DCNv4(channels, group=group, fuse_projections=True)
     packed = module._project_at_once(torch.randn(1, 2, 2, channels))
     assert packed.shape == (1, 2, 2, width) and packed.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "channels, width, on_gpu", [(128, 384, True), (256, 768, True), (384, 1088, True), (512, 1408, True),
+                                (32, 96, True), (8, 40, True), (128, 344, False), (512, 1408, False)],
+)  # fmt: skip
+def test_rows_of_the_fused_product_end_with_a_line(channels, width, on_gpu):
+    """With groups of 16 (8), where that adds at most an eighth; on the CPU only as far as torch.compile pads them."""
+    needed = channels + offset_mask_channels(max(channels // 16, 1))
+    assert _padded_width(needed, channels, on_gpu) == width
+    assert needed <= width <= needed * 9 / 8 or width == -(-needed // 8) * 8
 
 
 def test_wrapped_projections_are_called_not_fused():
