@@ -115,17 +115,25 @@ __device__ __forceinline__ void gather_units(const FarArgs& args, int64_t first,
 }
 
 // A warp takes several units at a time where there are enough of them for all warps of the device: where few samples
-// are far, their loads overlap.
+// are far, their loads overlap. One block a multiprocessor: blocks that take their places while the kernel before ends
+// would be many on the first multiprocessors that are free, and none on the last.
+template <typename T>
+constexpr int kFarWarps = sizeof(T) == 4 ? 28 : 32;  // float needs 72 registers
+
 template <typename T, int D, bool ADD>
-__global__ void __launch_bounds__(32 * kFarWarps) far_kernel(const FarArgs args) {
+__global__ void __launch_bounds__(32 * kFarWarps<T>, 1) far_kernel(const FarArgs args) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ uint16_t lists[kFarWarps][kMostUnits * kUnitSamples];
+  extern __shared__ uint16_t far_lists[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int64_t first = args.units_per_warp * (int64_t{blockIdx.x} * kFarWarps + warp); first < args.units;
-       first += args.units_per_warp * int64_t{gridDim.x} * kFarWarps) {
+  if (warp >= args.warps) return;
+  uint16_t* list = far_lists + warp * (kMostUnits * kUnitSamples);
+  const int64_t step = args.units_per_warp * int64_t{gridDim.x} * args.warps;
+  window::wait_for_previous_kernel();
+  for (int64_t first = args.units_per_warp * (int64_t{blockIdx.x} * args.warps + warp); first < args.units;
+       first += step) {
     const bool flagged = lane < args.units_per_warp && first + lane < args.units && args.tile.far_units[first + lane];
     const unsigned units = __ballot_sync(window::kAllLanes, flagged);
-    if (units != 0) gather_units<T, D, ADD>(args, first, units, lists[warp], lane);
+    if (units != 0) gather_units<T, D, ADD>(args, first, units, list, lane);
   }
 #endif
 }

@@ -137,15 +137,28 @@ inline int log2(int power_of_two) {
 
 constexpr int64_t kMultiprocessors = 132;  // of the devices at hand; only how the work is cut depends on it
 
+template <auto KERNEL, int WARPS>
+cudaError_t launch_far_kernel(FarArgs far, cudaStream_t stream) {
+  const auto shares = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+  const int64_t turns = shares(far.units, far.units_per_warp), warps = shares(turns, kMultiprocessors);
+  far.warps = static_cast<int>(warps < WARPS ? warps : WARPS);
+  const int64_t wanted = shares(turns, far.warps);
+  static OncePerDevice prepared;
+  const cudaError_t error = prepared.run([] {
+    // A multiprocessor splits its memory between shared memory and cache anew only while it is idle. Unless the split is
+    // asked for, blocks that start while the kernel before ends keep the small cache that it left.
+    return cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxL1);
+  });
+  if (error != cudaSuccess) return error;
+  return launch_with_memory<KERNEL>(wanted < kMultiprocessors ? wanted : kMultiprocessors, 32 * WARPS,
+                                    WARPS * kMostUnits * kUnitSamples * 2, stream, true, far);
+}
+
 template <typename T, int D>
 cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
-  constexpr int64_t kMost = kMultiprocessors * 8;  // more blocks than fit at once only wait
-  const int64_t each = far.units_per_warp * kFarWarps, wanted = (far.units + each - 1) / each;
-  const auto kernel = far.p.deterministic ? far_kernel<T, D, false> : far_kernel<T, D, true>;
-  // After the kernel before it, not beside its end: a multiprocessor splits its memory between shared memory and the
-  // L1 cache anew only while it is idle, and the gather would keep the small cache that the tiles left it.
-  const cudaError_t error = launch(kernel, wanted < kMost ? wanted : kMost, 32 * kFarWarps, 0, stream, false, far);
-  if (error != cudaSuccess || !far.p.deterministic) return error;
+  if (!far.p.deterministic) return launch_far_kernel<far_kernel<T, D, true>, kFarWarps<T>>(far, stream);
+  const cudaError_t error = launch_far_kernel<far_kernel<T, D, false>, kFarWarps<T>>(far, stream);
+  if (error != cudaSuccess) return error;
   return launch(far_owner_kernel<T, D>, far.p.batch * far.p.groups, D, 0, stream, false, far);
 }
 
@@ -172,7 +185,7 @@ cudaError_t launch_after_tile(const BackwardArgs& args, const TileArgs& tile, Ti
   const int64_t units = count_units(p, shape);
   const Windows windows = choose_windows(p);
   const FarArgs far{tile, p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
-                    log2(shape.units_x * shape.units_y), units < kFewUnits ? 1 : kMostUnits, few_samples(p, windows),
+                    log2(shape.units_x * shape.units_y), units < kFewUnits ? 1 : kMostUnits, 0, few_samples(p, windows),
                     units};
   if constexpr (sizeof(T) == 2) {
     if (windows == Windows::kWhole) {
