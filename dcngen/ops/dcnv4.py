@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from . import launch
 from .geometry import as_number, as_pair, check_tensors
+from .plan import geometry_of
 from .reference import reference_forward
 
 SCALARS = (
@@ -88,7 +89,7 @@ def dcnv4(
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
     if needs_reference():
-        return reference_forward(*as_autocast(input, offset_mask), launch.geometry_of(scalars))
+        return reference_forward(*as_autocast(input, offset_mask), geometry_of(scalars))
     if torch.compiler.is_compiling() or not is_plain_eager(input, offset_mask):
         return _forward_op(input, offset_mask, *scalars)
     if torch.is_grad_enabled() and (input.requires_grad or offset_mask.requires_grad):
@@ -145,7 +146,7 @@ def is_plain_gradient(grad: torch.Tensor) -> bool:
 
 @torch.library.register_fake("dcngen::dcnv4", lib=library)
 def _forward_fake(input, offset_mask, *scalars):
-    height_out, width_out = check_tensors(input, offset_mask, launch.geometry_of(scalars))
+    height_out, width_out = check_tensors(input, offset_mask, geometry_of(scalars))
     return input.new_empty((input.shape[0], height_out, width_out, input.shape[3]))
 
 
@@ -174,7 +175,7 @@ def _gradients(ctx, grad_output):
 
 
 def _differentiable_backward(grad_output, input, offset_mask, scalars):
-    output = reference_forward(input, offset_mask, launch.geometry_of(scalars))
+    output = reference_forward(input, offset_mask, geometry_of(scalars))
     wanted = [t for t in (input, offset_mask) if t.requires_grad]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
     return [next(grads) if t.requires_grad else None for t in (input, offset_mask)]

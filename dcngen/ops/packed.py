@@ -20,6 +20,7 @@ from .dcnv4 import (
     scalars_of,
 )
 from .geometry import split_packed
+from .plan import geometry_of
 from .reference import reference_forward
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -65,7 +66,7 @@ def dcnv4_packed(
         raise TypeError(f"packed: expected a torch.Tensor, got {type(packed).__name__}")
     scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
     if needs_reference():
-        geometry = launch.geometry_of(scalars)
+        geometry = geometry_of(scalars)
         return reference_forward(*split_packed(*as_autocast(packed), channels, geometry), geometry)
     if torch.compiler.is_compiling() or not is_plain_eager(packed, packed):
         return _forward_op(packed, channels, *scalars)
@@ -75,11 +76,11 @@ def dcnv4_packed(
 
 
 def _forward(packed: torch.Tensor, channels: int, *scalars) -> torch.Tensor:
-    return launch.forward(*split_packed(packed, channels, launch.geometry_of(scalars)), scalars)
+    return launch.forward(*split_packed(packed, channels, geometry_of(scalars)), scalars)
 
 
 def _backward(grad_output: torch.Tensor, packed: torch.Tensor, channels: int, *scalars) -> torch.Tensor:
-    input, offset_mask = split_packed(packed, channels, launch.geometry_of(scalars))
+    input, offset_mask = split_packed(packed, channels, geometry_of(scalars))
     grad = packed.new_empty(packed.shape)
     parts = grad[..., :channels], grad[..., channels:]
     if all(tensor.stride(2) * tensor.element_size() % 16 == 0 == tensor.data_ptr() % 16 for tensor in parts):
@@ -98,7 +99,7 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("dcngen::dcnv4_packed", lib=library)
 def _forward_fake(packed, channels, *scalars):
-    split_packed(packed, channels, launch.geometry_of(scalars))
+    split_packed(packed, channels, geometry_of(scalars))
     return packed.new_empty((*packed.shape[:3], channels))
 
 
@@ -116,7 +117,7 @@ def _setup_context(ctx, inputs, output):
 def _gradient(ctx, grad_output):
     (packed,) = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable itself
-        geometry = launch.geometry_of(ctx.scalars)
+        geometry = geometry_of(ctx.scalars)
         output = reference_forward(*split_packed(packed, ctx.channels, geometry), geometry)
         return torch.autograd.grad(output, packed, grad_output, create_graph=True)[0]
     if is_plain_eager(packed, packed) and is_plain_gradient(grad_output):

@@ -23,6 +23,7 @@ from .dcnv4 import (
 from .geometry import split_packed
 from .packed import _backward as _packed_backward
 from .packed import dcnv4_packed
+from .plan import geometry_of
 from .reference import reference_forward
 
 library.define(
@@ -119,7 +120,7 @@ def _device_has_kernel(device: int) -> bool:
 
 
 def _forward(packed, weight, bias, channels: int, save_output: bool, *scalars):
-    input, offset_mask = split_packed(packed, channels, launch.geometry_of(scalars))
+    input, offset_mask = split_packed(packed, channels, geometry_of(scalars))
     return launch.forward_projected(input, offset_mask, weight, bias, save_output, scalars)
 
 
@@ -129,7 +130,7 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("dcngen::dcnv4_packed_linear", lib=library)
 def _forward_fake(packed, weight, bias, channels, save_output, *scalars):
-    split_packed(packed, channels, launch.geometry_of(scalars))
+    split_packed(packed, channels, geometry_of(scalars))
     output = packed.new_empty((*packed.shape[:3], channels) if save_output else (0,))
     return packed.new_empty((*packed.shape[:3], weight.shape[0])), output
 
@@ -148,7 +149,7 @@ def _gradients(ctx, grad):
         return None, None, None
     wanted = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-        geometry = launch.geometry_of(ctx.scalars)
+        geometry = geometry_of(ctx.scalars)
         result = F.linear(reference_forward(*split_packed(packed, ctx.channels, geometry), geometry), weight, bias)
         tensors = [t for t, want in zip((packed, weight, bias), wanted, strict=True) if want]
         found = iter(torch.autograd.grad(result, tensors, grad, create_graph=True))

@@ -39,7 +39,7 @@ def call(geometry: Geometry, packed, weight, bias, save_output: bool):
         torch.full((*packed.shape[:3], channels), float("nan"), device="cuda", dtype=packed.dtype)
     parts = packed[..., :channels], packed[..., channels:]
     scalars = (3, 3, 1, 1, 1, 1, 1, 1, geometry.groups, geometry.offset_scale, False, False)
-    plan, *_ = launch._prepare(*parts, None, scalars)
+    plan, *_ = launch.prepare(*parts, None, scalars)
     assert launch._projects(native.cuda_library(), plan, *parts, weight, bias)
     return launch.forward_projected(*parts, weight, bias, save_output, scalars)
 

@@ -107,7 +107,7 @@ def test_slices_of_wider_tensors_and_other_layouts(forced, make_inputs):
 
 
 def test_slices_are_read_in_place(make_inputs):
-    from dcngen.ops.launch import pixel_stride
+    from dcngen.ops.plan import pixel_stride
 
     wide = torch.zeros(2, 5, 6, 24)
     assert pixel_stride(wide) == 24
