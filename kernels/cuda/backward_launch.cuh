@@ -135,12 +135,11 @@ inline int log2(int power_of_two) {
   return log;
 }
 
-constexpr int64_t kMultiprocessors = 132;  // of the devices at hand; only how the work is cut depends on it
-
 template <auto KERNEL, int WARPS>
 cudaError_t launch_far_kernel(FarArgs far, cudaStream_t stream) {
   const auto shares = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
-  const int64_t turns = shares(far.units, far.units_per_warp), warps = shares(turns, kMultiprocessors);
+  const int64_t most = window::multiprocessors();  // blocks
+  const int64_t turns = shares(far.units, far.units_per_warp), warps = shares(turns, most);
   far.warps = static_cast<int>(warps < WARPS ? warps : WARPS);
   const int64_t wanted = shares(turns, far.warps);
   static OncePerDevice prepared;
@@ -150,8 +149,8 @@ cudaError_t launch_far_kernel(FarArgs far, cudaStream_t stream) {
     return cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxL1);
   });
   if (error != cudaSuccess) return error;
-  return launch_with_memory<KERNEL>(wanted < kMultiprocessors ? wanted : kMultiprocessors, 32 * WARPS,
-                                    WARPS * kMostUnits * kUnitSamples * 2, stream, true, far);
+  constexpr int kBytes = WARPS * kMostUnits * kUnitSamples * 2;
+  return launch_with_memory<KERNEL>(wanted < most ? wanted : most, 32 * WARPS, kBytes, stream, true, far);
 }
 
 template <typename T, int D>
@@ -165,7 +164,7 @@ cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
 template <typename T, int D, int SIDE, bool WHOLE>
 cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
   using Shape = WideShape<D, SIDE>;
-  const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = kMultiprocessors * Shape::kBlocks;
+  const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = window::multiprocessors() * Shape::kBlocks;
   return launch_with_memory<wide_kernel<T, D, SIDE, WHOLE>>(windows < most ? windows : most, kWideThreads,
                                                             Shape::kShared, stream, true, far);
 }
