@@ -13,9 +13,10 @@ from dcngen.ops.geometry import make_geometry
 def _padded_width(width: int, channels: int, on_gpu: bool) -> int:
     """What the width of the fused product, `channels` values and then offsets and masks, is rounded up to.
 
-    The kernels' 16-byte accesses need a multiple of 8. On an H200 the whole layer is up to a tenth faster with rows of
-    whole lines of 128 bytes, of two where the row is mostly offsets, if that adds at most an eighth. Rows wider than
-    1024 torch.compile pads to single lines anyway, and would copy others where they meet the operator.
+    The kernels' 16-byte accesses need a multiple of 8. On an H200 the whole layer is up to 5 % faster (13 % where 184
+    become 192) with rows of whole lines of 128 bytes, of two where the row is mostly offsets, if that adds at most an
+    eighth. Rows wider than 1024 torch.compile pads to single lines anyway, and would copy others where they meet the
+    operator.
     """
     lines = 128 if 2 * channels <= width <= 1024 else 64
     multiples = (lines, 64, 16) if on_gpu else (64,) if width > 1024 else ()

@@ -115,8 +115,8 @@ __device__ __forceinline__ void gather_units(const FarArgs& args, int64_t first,
 }
 
 // A warp takes several units at a time where there are enough of them for all warps of the device: where few samples
-// are far, their loads overlap. One block a multiprocessor: blocks that take their places while the kernel before ends
-// would be many on the first multiprocessors that are free, and none on the last.
+// are far, their loads overlap. One block a multiprocessor, so that all have as many warps however early blocks take
+// their places while the kernel before ends (kernels/README.md has the other forms).
 template <typename T>
 constexpr int kFarWarps = sizeof(T) == 4 ? 28 : 32;  // float needs 72 registers
 

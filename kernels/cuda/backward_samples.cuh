@@ -13,7 +13,7 @@ struct FarArgs {
   void* grad_input;
   int log_units_x, log_units_per_tile;
   int units_per_warp;  // of far_kernel, at a time: 1 to kMostUnits
-  int warps;           // of its blocks: so many take units
+  int warps;           // of its blocks: so many take units; its launch sets it
   int few_samples;     // fewer in reach, of 8x8 outputs: wide_kernel leaves them to a gather
   int64_t units;
 };

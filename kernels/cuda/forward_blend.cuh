@@ -90,7 +90,7 @@ __device__ __forceinline__ uint4 pack_result(const float (&v)[Blend<T>::VALUES])
 // is the first of the (pixel, group)'s offsets in shared memory, `image` the channels in pixel 0, (x, y) the pixel.
 template <typename T>
 __device__ __forceinline__ uint4 gather_samples(const FarContext& c, const uint4* image, uint32_t values, int x, int y) {
-  float sums[8] = {};
+  float sums[Blend<T>::VALUES] = {};
 #pragma unroll 3
   for (int k = 0; k < kTaps; ++k) {
     const Corners corners = corners_of_tap<T>(c, x, y, k, values);

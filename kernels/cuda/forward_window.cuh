@@ -210,13 +210,10 @@ __device__ __forceinline__ void forward_tile(const ForwardWindow& p) {
     many_far |= (unit_far[task] & 0xffff) * 16 > kMostFar * (pixels & 0xffff) ||
                 (unit_far[task] >> 16) * 16 > kMostFar * (pixels >> 16);
   }
-  if (many_far && Shape::ALONE) {
-    gather_warp<Shape>(p, at, image(), output, own, first_block, first_slice, first_value, lane);
-    wait_for_input<Shape>(tile);  // the block must not end while it arrives
-    return;
-  }
   if (many_far) {
-    if (lane < Shape::WARP_PIXEL_BLOCKS && first_slice < p.slices) {
+    if constexpr (Shape::ALONE) {
+      gather_warp<Shape>(p, at, image(), output, own, first_block, first_slice, first_value, lane);
+    } else if (lane < Shape::WARP_PIXEL_BLOCKS && first_slice < p.slices) {
       const int pixel = pixel_of(first_block + lane, 0);
       T* to = output + pixel * p.output_stride + first_slice * Shape::CHANNELS;
       if (pixel >= 0) *reinterpret_cast<typename LeftMark<T>::Word*>(to) = LeftMark<T>::VALUE;

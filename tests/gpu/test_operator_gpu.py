@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from gpu.helpers import (
     assert_close,
     check,
     check_tensors,
+    copies_that_are_many,
     make,
     native,
     needs_window_backward,
@@ -159,11 +162,14 @@ def test_places_that_do_not_count(bad, dtype):
     check_tensors(geometry, tensors, reference(geometry, *tensors, dtype=dtype), dtype)
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["small problem", "many images"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_slices_of_wider_tensors(dtype):
+def test_slices_of_wider_tensors(dtype, many):
     geometry = Geometry(3, 10, 12, 4, 32)
+    if many:
+        geometry = replace(geometry, batch=3 * copies_that_are_many(geometry))
     value, offset_mask, grad = make(geometry, dtype)
-    wide = torch.randn(3, 10, 12, 128 + offset_mask.shape[-1] + 8, device="cuda", dtype=dtype)
+    wide = torch.randn(*value.shape[:3], 128 + offset_mask.shape[-1] + 8, device="cuda", dtype=dtype)
     wide[..., :128], wide[..., 128:-8] = value, offset_mask
     with reproducible():
         whole = native(geometry, value, offset_mask, grad)
@@ -173,10 +179,16 @@ def test_slices_of_wider_tensors(dtype):
     tensors = (value, offset_mask, grad)
     exact, plain = (reference(geometry, *tensors, dtype=d) for d in (torch.float64, dtype))
     assert_close(geometry, native(geometry, wide[..., :128], wide[..., 128:-8], grad), exact, plain, dtype)
-    odd = torch.randn(3, 10, 12, 131, device="cuda", dtype=dtype)  # a pixel stride that no vector access fits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_whose_pixels_no_vector_access_fits(dtype):
+    geometry = Geometry(3, 10, 12, 4, 32)
+    value, offset_mask, grad = make(geometry, dtype)
+    odd = torch.randn(3, 10, 12, 131, device="cuda", dtype=dtype)
     odd[..., 3:] = value
-    torch.testing.assert_close(native(geometry, odd[..., 3:], offset_mask, grad)[0].float(), whole[0].float(),
-                               rtol=2e-2, atol=2e-2)  # fmt: skip
+    sliced, whole = (native(geometry, v, offset_mask, grad)[0] for v in (odd[..., 3:], value))
+    torch.testing.assert_close(sliced.float(), whole.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
