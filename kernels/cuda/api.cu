@@ -90,7 +90,9 @@ int dcngen_cuda_dcnv4_forward(const dcngen_dcnv4_params* params, const void* inp
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 forward: selecting the device");
   const ForwardArgs args{*params, input, offset_mask, output};
-  const auto run = forward_window_applies(args.p) ? forward_window : forward_plain;
+  const auto run = small_map_applies(args.p)        ? forward_small_map
+                   : forward_window_applies(args.p) ? forward_window
+                                                    : forward_plain;
   return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 forward");
 }
 
@@ -112,6 +114,7 @@ int dcngen_cuda_dcnv4_forward_projected(const dcngen_dcnv4_params* params, const
 }
 
 int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params) {
+  if (backward_small_map_applies(*params)) return 0;
   return backward_window_applies(*params) ? backward_window_workspace(*params) : backward_plain_workspace(*params);
 }
 
@@ -123,7 +126,9 @@ int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* gr
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 backward: selecting the device");
   const BackwardArgs args{*params, grad_output, input, offset_mask, grad_input, grad_offset_mask, workspace};
-  const auto run = backward_window_applies(args.p) ? backward_window : backward_plain;
+  const auto run = backward_small_map_applies(args.p) ? backward_small_map
+                   : backward_window_applies(args.p)  ? backward_window
+                                                      : backward_plain;
   return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 backward");
 }
 

@@ -131,6 +131,12 @@ bool bulk_copies();
 int multiprocessors();
 }  // namespace window
 
+// small_map_*.cu: maps of at most 4x4 pixels. The backward needs no workspace.
+bool small_map_applies(const Params& p);
+cudaError_t forward_small_map(const ForwardArgs& args, cudaStream_t stream);
+bool backward_small_map_applies(const Params& p);
+cudaError_t backward_small_map(const BackwardArgs& args, cudaStream_t stream);
+
 // forward_window.cu / backward_window.cu: dense products over a bounded window (see kernels/README.md).
 bool forward_window_applies(const Params& p);
 cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);

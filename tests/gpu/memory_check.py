@@ -54,6 +54,14 @@ def many_cases() -> Iterator[Case]:
         yield f"many {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s)
 
 
+def small_map_cases() -> Iterator[Case]:
+    """The kernels for maps of at most 4x4 pixels, whose sizes above are 1x1 alone."""
+    for dtype, group_channels, size, std in product(DTYPES[1:], [16, 32, 64], [(3, 4, 4), (5, 3, 2)], [0.2, 8.0]):
+        geometry = Geometry(*size, 3, group_channels)
+        yield f"{geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s)
+        yield f"packed {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_packed(g, d, s)
+
+
 def projected_cases() -> Iterator[Case]:
     """The forward with output_proj, where the device has it."""
     if not launch.has_projected_kernel(native.cuda_library(), torch.cuda.current_device()):
@@ -98,7 +106,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run cases whose name contains this")
     options = parser.parse_args()
     projected.LEAST_PIXELS = 0
-    cases = [*operator_cases(), *many_cases(), *projected_cases()]
+    cases = [*operator_cases(), *many_cases(), *small_map_cases(), *projected_cases()]
     cases = [case for case in cases if options.only in case[0]][:: options.every]
     for name, run in cases:
         try:

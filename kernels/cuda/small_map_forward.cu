@@ -1,0 +1,87 @@
+// The forward on maps of at most 4x4 pixels (small_map.cuh), whether these kernels apply, and the launch.
+#include "small_map.cuh"
+
+namespace dcngen {
+namespace small_map {
+namespace {
+
+template <int D>
+struct ForwardWarp {
+  static constexpr int PIXELS_AT = kTapsBytes, BYTES = PIXELS_AT + PairTile<D>::BYTES;
+  static_assert(kTapsBytes >= WeightRows::BYTES, "the weights take the place of the offsets and masks");
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const Problem p, const void* input, const void* offset_mask, void* output) {
+  extern __shared__ __align__(16) uint8_t memory[];
+  window::wait_for_previous_kernel();
+  window::let_next_kernel_begin();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const uint32_t number = blockIdx.x * kWarps + warp;
+  if (number >= p.tasks) return;
+  const Task task(p, number);
+  const uint32_t taps_at = window::smem_address(memory) + warp * ForwardWarp<D>::BYTES;
+  const uint32_t pixels = taps_at + ForwardWarp<D>::PIXELS_AT;
+  copy_taps(taps_at, offset_mask, p, task, lane);
+  window::copy_commit();
+  copy_pixels<D>(pixels, input, p.input_stride, p.height_in, p.width_in, p, task, lane);
+  window::copy_commit();
+  window::copy_wait<1>();
+  __syncwarp();
+  const Taps taps = own_taps(taps_at, p, task, lane);
+  const Places places(p, lane);
+  Weights weights;
+#pragma unroll
+  for (int k = 0; k < window::kTaps; ++k) {
+    const float2 at = places.of_tap<T>(taps, k / 3, k % 3);
+    // Selected, not multiplied away: the mask of a place that does not count may be NaN.
+    weights.add(at, places.counts(at) ? taps.mask<T>(k) : 0.f);
+  }
+  __syncwarp();  // all lanes have their offsets and masks
+  weights.store<T>(taps_at, lane);
+  window::copy_wait<0>();
+  __syncwarp();
+  multiply_weights<T, D, false>(pixels, taps_at, pixels, lane);
+  write_pixels<D>(output, p.output_stride, p.height_out, p.width_out, pixels, p, task, lane);
+}
+
+template <typename T, int D>
+cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
+  const Problem problem(args.p);
+  return launch_with_memory<forward_kernel<T, D>>(problem.blocks(), kThreads, kWarps * ForwardWarp<D>::BYTES, stream,
+                                                  window::bulk_copies(), problem, args.input, args.offset_mask,
+                                                  args.output);
+}
+
+template <typename T>
+cudaError_t forward_typed(const ForwardArgs& args, cudaStream_t stream) {
+  switch (args.p.group_channels) {
+    case 16: return launch_forward<T, 16>(args, stream);
+    case 32: return launch_forward<T, 32>(args, stream);
+    default: return launch_forward<T, 64>(args, stream);
+  }
+}
+
+}  // namespace
+}  // namespace small_map
+
+bool small_map_applies(const Params& p) {
+  const auto fits = [](int64_t size) { return size >= 1 && size <= small_map::kSide; };
+  const bool width = p.group_channels == 16 || p.group_channels == 32 || p.group_channels == 64;
+  return plain_3x3(p) && p.dtype != DCNGEN_FLOAT32 && width && fits(p.height_in) && fits(p.width_in) &&
+         fits(p.height_out) && fits(p.width_out) && p.input_pixel_stride % 8 == 0 &&
+         p.offset_mask_pixel_stride % 8 == 0 && p.output_pixel_stride % 8 == 0 && p.offset_mask_channels % 8 == 0 &&
+         p.offset_mask_channels >= window::kGroupValues * p.groups && p.batch * p.groups < int64_t{1} << 30;
+}
+
+cudaError_t forward_small_map(const ForwardArgs& args, cudaStream_t stream) {
+  // Slices of wider tensors may begin anywhere.
+  if (!aligned16(args.input) || !aligned16(args.offset_mask) || !aligned16(args.output)) {
+    return forward_plain(args, stream);
+  }
+  return args.p.dtype == DCNGEN_FLOAT16 ? small_map::forward_typed<__half>(args, stream)
+                                        : small_map::forward_typed<__nv_bfloat16>(args, stream);
+}
+
+}  // namespace dcngen
