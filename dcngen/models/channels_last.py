@@ -1,8 +1,8 @@
 """diffusers' U-Net blocks kept in channels-last memory: the same parameters, keys and numbers, other forwards.
 
-The stock blocks return to the contiguous layout at four points, each one a copy of the whole map there and another
+The stock blocks return to the contiguous layout at five points, each one a copy of the whole map there and another
 one back: Upsample2D from batch 64 on, ResnetBlock2D before its shortcut while training and before its resampling from
-batch 64 on, and the attention, which normalises a flattened and transposed view.
+batch 64 on, the attention, which normalises a flattened and transposed view, and on a GPU every group norm.
 """
 
 from __future__ import annotations
@@ -18,17 +18,47 @@ from diffusers.models.upsampling import Upsample2D
 MAX_CHANNELS_LAST_ELEMENTS = 2**31 - 1
 
 
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """GroupNorm whose output and input gradient are channels-last.
+
+    On a GPU torch's are contiguous whatever the input is, and torch.compile takes that over: each convolution beside a
+    group norm then kept its input in both layouts, and its backward copied input and gradient once more, which was a
+    tenth of a training step.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, C, ...) to the same shape; only maps, (N, C, H, W), have a channels-last layout."""
+        if input.dim() != 4:
+            return super().forward(input)
+        return _ChannelsLast.apply(super().forward(_ChannelsLast.apply(input)))
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """The identity; its output and its gradient lie channels-last in memory."""
+
+    @staticmethod
+    def forward(ctx, map: torch.Tensor) -> torch.Tensor:
+        return map.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return grad.contiguous(memory_format=torch.channels_last)
+
+
 class ChannelsLastUpsample2D(Upsample2D):
     """Upsample2D for nearest upsampling by 2 (optionally then a convolution) that keeps the layout at any batch."""
 
     def forward(self, hidden_states: torch.Tensor, output_size: int | None = None) -> torch.Tensor:
         """(N, C, H, W) to (N, out_channels, 2H, 2W), or to `output_size`."""
-        scale = None if output_size is not None else 2.0
-        area = 4 * _area(hidden_states.shape[-2:]) if output_size is None else _area(output_size)
-        # Compared by the batch, in integers: torch.export refuses the fraction that a product would bound it by.
-        if hidden_states.shape[0] > MAX_CHANNELS_LAST_ELEMENTS // (hidden_states.shape[1] * area):
-            hidden_states = hidden_states.contiguous()
-        hidden_states = F.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest")
+        if output_size is None and torch.compiler.is_dynamo_compiling():
+            hidden_states = _repeat_pixels(hidden_states)
+        else:
+            scale = None if output_size is not None else 2.0
+            area = 4 * _area(hidden_states.shape[-2:]) if output_size is None else _area(output_size)
+            # Compared by the batch, in integers: torch.export refuses the fraction that a product would bound it by.
+            if hidden_states.shape[0] > MAX_CHANNELS_LAST_ELEMENTS // (hidden_states.shape[1] * area):
+                hidden_states = hidden_states.contiguous()
+            hidden_states = F.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest")
         if not self.use_conv:
             return hidden_states
         return self.conv(hidden_states) if self.name == "conv" else self.Conv2d_0(hidden_states)
@@ -78,7 +108,8 @@ class ChannelsLastAttnProcessor:
                 "call attn.set_processor(AttnProcessor2_0()) for anything else"
             )
         x = hidden_states if attn.group_norm is None else attn.group_norm(hidden_states)
-        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        # Contiguous, or torch.compile makes of each projection a product and a further pass that adds the bias.
+        x = x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
         heads = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
         x = F.scaled_dot_product_attention(*heads, scale=attn.scale)
         x = attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
@@ -96,7 +127,9 @@ def keep_channels_last(unet: nn.Module) -> nn.Module:
     """
     for module in list(unet.modules()):
         for name, child in module.named_children():
-            if type(child) is ResnetBlock2D:
+            if type(child) is nn.GroupNorm:
+                setattr(module, name, _with_forward_of(ChannelsLastGroupNorm, child))
+            elif type(child) is ResnetBlock2D:
                 setattr(module, name, _with_forward_of(ChannelsLastResnetBlock2D, child))
             elif type(child) is Upsample2D and child.interpolate and child.norm is None:
                 if not child.use_conv_transpose:
@@ -121,6 +154,19 @@ def _is_plain_self_attention(attention: Attention) -> bool:
         and attention.to_out is not None
         and all(getattr(attention, name, None) is None for name in extras)
     )
+
+
+def _repeat_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Nearest upsampling by 2, (N, C, H, W) to (N, C, 2H, 2W) in channels-last memory, for torch.compile.
+
+    The gradient is a plain sum, where that of F.interpolate is compiled to a scatter with atomic additions. Outside
+    torch.compile F.interpolate is the faster one.
+    """
+    batch, channels, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).unsqueeze(3).unsqueeze(2).expand(-1, -1, 2, -1, 2, -1)
+    # Cloned, because of a single pixel a reshape would be a view, with one place in memory for all four.
+    x = x.clone(memory_format=torch.contiguous_format).view(batch, 2 * height, 2 * width, channels)
+    return x.permute(0, 3, 1, 2)
 
 
 def _area(size: int | tuple[int, int] | torch.Size) -> int:

@@ -221,14 +221,18 @@ class DCNv4(nn.Module):
         if padding := _padded_width(width, self.channels, x.is_cuda) - width:
             weights = (*weights, weights[0].new_zeros(padding, self.in_channels))
             biases = (*biases, biases[0].new_zeros(padding))
-        return F.linear(x, torch.cat(weights), torch.cat(biases))
+        # Of a view in another order torch.compile makes a product and a further pass that adds the bias.
+        return F.linear(x.contiguous(), torch.cat(weights), torch.cat(biases))
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """value (N, H, W, channels) and offset_mask (N, H_out, W_out, P) of x (N, H, W, in_channels)."""
+        # Contiguous before each product, as in _project_at_once; the operator itself reads x as it lies.
+        if not self.without_pointwise:
+            x = x.contiguous()
         value = x if self.without_pointwise else self.value_proj(x)
         if self.offset_mask_dw is not None:
             x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return value, self.offset_mask(self._at_centers(x))
+        return value, self.offset_mask(self._at_centers(x).contiguous())
 
     def _mix_center(self, y: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """y * (1 - s) + value * s with s = sigmoid(linear(y)), one s for each group."""

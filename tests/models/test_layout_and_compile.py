@@ -2,10 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
+from functorch.compile import make_boxed_func
+from torch._decomp import core_aten_decompositions
+from torch._dynamo.backends.common import aot_autograd
 
-from dcngen.models.channels_last import ChannelsLastUpsample2D
+from dcngen.models.channels_last import (
+    ChannelsLastAttnProcessor,
+    ChannelsLastUpsample2D,
+    _repeat_pixels,
+    keep_channels_last,
+)
 
 STOCK = {"conv_operator": "conv", "attention_operator": "attention"}
 DCN = {"conv_operator": "dcnv4", "attention_operator": "dcnv4"}
@@ -45,6 +54,42 @@ def test_the_layout_check_sees_the_stock_copies(tiny, make_batch):
     assert maps_not_channels_last(stock, (sample, *rest)) != []
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 3), (7, 8)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_repeated_pixels_are_those_of_interpolate(size, memory_format, dtype):
+    x = torch.randn(3, 6, *size, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    # Small integers, whose sums are exact in any order.
+    gradient = torch.randint(-4, 5, (3, 6, 2 * size[0], 2 * size[1])).to(dtype)
+    output, expected = _repeat_pixels(x), F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(output, expected) and output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(*(torch.autograd.grad(y, x, gradient)[0] for y in (output, expected)))
+
+
+def test_the_gradient_of_upsampling_by_two_is_compiled_to_a_sum():
+    """That of F.interpolate becomes a scatter, which runs as long as several whole layers on a GPU."""
+    backward = []
+
+    def keep(graph, _):
+        backward.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return make_boxed_func(graph.forward)
+
+    def operators(module):
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=keep,
+                               decompositions=core_aten_decompositions())  # fmt: skip
+        x = torch.randn(2, 4, 5, 3, requires_grad=True)
+        torch.compile(module, backend=backend, dynamic=False)(x).sum().backward()
+        return backward.pop()
+
+    def scatters(found):
+        return [name for name in found if "index_put" in name or "upsample" in name]
+
+    assert scatters(operators(torch.nn.Upsample(scale_factor=2.0)))
+    found = operators(ChannelsLastUpsample2D(4, use_conv=False))
+    assert "aten.sum.dim_IntList" in found and not scatters(found)
+
+
 def test_upsampling_to_a_given_size():
     block = ChannelsLastUpsample2D(4, use_conv=False)
     x = torch.arange(2 * 4 * 2 * 3.0).view(2, 4, 2, 3)
@@ -59,6 +104,35 @@ def test_export_names_the_largest_batch_of_channels_last_upsampling():
         torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
     exported = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("n", max=largest)},))
     assert torch.equal(exported.module()(x[:2]), block(x[:2]))
+
+
+def test_group_norms_hand_on_channels_last(monkeypatch):
+    """As on a GPU, where torch's own gives and takes the contiguous layout; values and gradients are the same."""
+    real = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *args: real(x.contiguous(), *args).contiguous())
+    layouts = []
+    norm = keep_channels_last(torch.nn.Sequential(torch.nn.GroupNorm(2, 8)))[0]
+    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    before = x * 1
+    before.register_hook(lambda grad: layouts.append(grad.is_contiguous(memory_format=torch.channels_last)))
+    output = norm(before)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(2, 8, 3, 5)
+    (got,) = torch.autograd.grad(output, x, gradient)
+    expected = real(x, 2, norm.weight, norm.bias)
+    assert layouts == [True]
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, x, gradient)[0])
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_products_of_the_attention_add_their_bias_in_any_layout(traced_products, with_gradients):
+    options = {"heads": 2, "dim_head": 8, "norm_num_groups": 4, "bias": True, "residual_connection": True}
+    attention = Attention(16, processor=ChannelsLastAttnProcessor(), **options)
+    x = torch.randn(2, 16, 5, 4)
+    with torch.set_grad_enabled(with_gradients):
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert traced_products(attention, layout) == ["addmm"] * 4
 
 
 def test_attention_processor_refuses_cross_attention(make_unet):

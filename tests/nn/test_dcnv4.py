@@ -159,6 +159,37 @@ def test_fused_projections_are_one_product(channels, group, width):
     assert packed.shape == (1, 2, 2, width) and packed.is_contiguous()
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize(
+    "options, products",
+    [
+        ({}, 2),
+        ({"center_feature_scale": True}, 3),
+        ({"fuse_projections": False}, 3),
+        ({"dw_kernel_size": 3}, 3),
+        ({"stride": 2}, 3),
+        ({"without_pointwise": True}, 1),
+    ],
+    ids=str,
+)
+def test_products_add_their_bias_in_any_layout(traced_products, options, products, with_gradients):
+    """A product and an addition apart would pass over memory once more, for each projection."""
+    module = DCNv4(16, group=2, **options)
+    nchw, sliced = torch.randn(2, 16, 5, 4).permute(0, 2, 3, 1), torch.randn(2, 5, 4, 24)[..., :16]
+    with torch.set_grad_enabled(with_gradients):
+        for x in (nchw, nchw[:, :, :2], sliced, nchw.contiguous()):
+            assert traced_products(module, x) == ["addmm"] * products
+
+
+def test_the_operator_reads_the_input_as_it_lies(monkeypatch):
+    """Without value_proj; only the offsets and masks need a copy."""
+    seen = []
+    monkeypatch.setattr("dcngen.nn.dcnv4.dcnv4", lambda value, offset_mask, **geometry: seen.append(value) or value)
+    x = torch.randn(2, 5, 4, 24)[..., :16]
+    DCNv4(16, group=2, without_pointwise=True)(x)
+    assert seen[0] is x
+
+
 @pytest.mark.parametrize(
     "channels, width, on_gpu", [(128, 384, True), (256, 768, True), (384, 1088, True), (512, 1408, True),
                                 (32, 96, True), (8, 40, True), (128, 344, False), (512, 1408, False)],
