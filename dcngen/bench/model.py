@@ -18,6 +18,7 @@ from dcngen.bench.checks import require_close
 from dcngen.bench.operator import provenance
 from dcngen.bench.timing import copy_bandwidth, median_microseconds
 from dcngen.models import DCNUNet2DModel, count_parameters
+from dcngen.models.compiled import compile_model
 
 _ARCHITECTURE = {
     "sample_size": 32,
@@ -50,7 +51,7 @@ def time_step(model: torch.nn.Module, batch: int, mode: str) -> dict[str, float]
     """
     model = model.cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    run = model if mode == "eager" else torch.compile(model, dynamic=False, fullgraph=True, mode=mode)
+    run = model if mode == "eager" else compile_model(model, mode, fullgraph=True)
     latents = torch.randn(batch, 4, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
     noise = torch.randn_like(latents)
     timesteps = torch.randint(0, 1000, (batch,), device="cuda")
@@ -74,7 +75,7 @@ def time_step(model: torch.nn.Module, batch: int, mode: str) -> dict[str, float]
     milliseconds = median_microseconds(step) / 1e3
     peak = torch.cuda.max_memory_allocated() / 2**30
     with torch.no_grad():  # after the peak was read: this needs memory of its own
-        expected = model(latents, timesteps, class_labels=labels).sample
+        expected = model.forward(latents, timesteps, class_labels=labels).sample  # not compiled
         with torch.autocast("cuda", dtype=torch.bfloat16):
             require_close("prediction", run(latents, timesteps, class_labels=labels).sample, expected, 0.05)
     return {"step_ms": milliseconds, "forward_ms": median_microseconds(forward) / 1e3, "peak_gib": peak}
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dcngen bench model", description=__doc__)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--group-channels", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--arms", nargs="+", choices=["baseline", "dcn"], default=["baseline", "dcn"])
     parser.add_argument(
         "--modes", nargs="+", default=["reduce-overhead"], help='modes of torch.compile ("default", ...), or "eager"'
     )
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     about = provenance(device, copy_bandwidth(device))
     unfused = ", projections not fused" if args.unfused else ""
     print(f"{about['device']}, commit {about['commit']}, batch {args.batch_size}{unfused}", flush=True)
-    arms = [("baseline", 0), *(("dcn", d) for d in args.group_channels)]
+    arms = [(arm, d) for arm in args.arms for d in (args.group_channels if arm == "dcn" else [0])]
     rows = []
     for mode, (arm, width) in itertools.product(args.modes, arms):
         model = build(arm, width).fuse_projections(not args.unfused)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from dcngen.config import TrainConfig
+from dcngen.models.compiled import compile_model
 from dcngen.training.batches import LatentBatches
 from dcngen.training.checkpoint import (
     Progress,
@@ -106,7 +107,7 @@ class Trainer:
         if options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if options.compile:
-            unet.compile(dynamic=False, mode=options.compile_mode)
+            compile_model(unet, options.compile_mode)
         model, optimizer = self.accelerator.prepare(unet.train(), self.state.optimizer)
         self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         vars(unet).pop("forward", None)  # what unwrapping leaves: the class's own method, bound to the instance
