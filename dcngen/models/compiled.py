@@ -10,10 +10,10 @@ FROM = "skip_guard_on_all_nn_modules_unsafe"  # of torch.compiler: torch has fil
 def compile_model(model: torch.nn.Module, mode: str = "default", *, fullgraph: bool = False) -> torch.nn.Module:
     """Compiles the model's calls in place, with static shapes, as `model.compile(dynamic=False, mode=mode)` does.
 
-    Before each call torch otherwise checks every module for new hooks, attributes and types: 11,600 checks for the U-Net
-    of `bench model`, 2 to 4 ms on a CPU core. Here it checks the arguments, the global state and the modules' `training`
-    alone. Changed in another way after its first call, by hooks, swapped or frozen modules, the model must be compiled
-    again (`torch.compiler.reset()` first).
+    Before each call torch otherwise checks every module for new hooks, attributes and types: 11,600 checks for the
+    U-Net of `bench model`, 2 to 4 ms on a CPU core. Here it checks the arguments, the global state and the modules'
+    `training` alone. Changed in another way after its first call, by hooks, swapped or frozen modules, the model must
+    be compiled again (`torch.compiler.reset()` first).
 
     Args:
         model: any module.
