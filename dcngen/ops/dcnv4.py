@@ -64,7 +64,9 @@ def dcnv4(
     The compiled kernels compute it on CPU and CUDA. Plain torch, `dcnv4_reference`, does where they cannot: float64, a
     missing library, backward with create_graph=True (for second derivatives), torch.func transforms and forward-mode
     derivatives. It is the same function, slower. Under torch.autocast both tensors are cast to the autocast dtype.
-    Channel slices of a wider contiguous tensor are read in place; other layouts are copied first.
+    Channel slices of a wider contiguous tensor are read in place; other layouts are copied first. On CUDA the last
+    bits of input's gradient may differ from run to run where samples are a pixel or more from their place on the grid;
+    torch.use_deterministic_algorithms(True) makes them the same (docs/operator.md, section 1).
 
     Args:
         input: (N, H, W, G * D).
