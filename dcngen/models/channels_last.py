@@ -23,7 +23,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 
     On a GPU torch's are contiguous whatever the input is, and torch.compile takes that over: each convolution beside a
     group norm then kept its input in both layouts, and its backward copied input and gradient once more, which was a
-    tenth of a training step.
+    tenth of a training step. What is no convolution's input or gradient torch.compile may still lay out otherwise.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
