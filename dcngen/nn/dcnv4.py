@@ -226,10 +226,11 @@ class DCNv4(nn.Module):
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """value (N, H, W, channels) and offset_mask (N, H_out, W_out, P) of x (N, H, W, in_channels)."""
-        # Contiguous before each product, as in _project_at_once; the operator itself reads x as it lies.
-        if not self.without_pointwise:
-            x = x.contiguous()
-        value = x if self.without_pointwise else self.value_proj(x)
+        if self.without_pointwise:
+            value = x  # as it lies: the operator reads slices in place
+        else:
+            x = x.contiguous()  # before each product, as in _project_at_once
+            value = self.value_proj(x)
         if self.offset_mask_dw is not None:
             x = self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return value, self.offset_mask(self._at_centers(x).contiguous())

@@ -10,6 +10,8 @@
 // Warps do not wait for one another.
 #pragma once
 
+#include <type_traits>
+
 #include "instructions.cuh"
 #include "launch.h"
 #include "window.cuh"
@@ -212,6 +214,19 @@ __device__ __forceinline__ void multiply_weights(uint32_t results, uint32_t rows
     }
   }
   __syncwarp();
+}
+
+// Calls `launch` with a value of the call's type and its channels of a group, as constants (host side).
+template <typename Launch>
+cudaError_t for_type_and_channels(const Params& p, Launch launch) {
+  const auto with_type = [&](auto type) {
+    switch (p.group_channels) {
+      case 16: return launch(type, std::integral_constant<int, 16>{});
+      case 32: return launch(type, std::integral_constant<int, 32>{});
+      default: return launch(type, std::integral_constant<int, 64>{});
+    }
+  };
+  return p.dtype == DCNGEN_FLOAT16 ? with_type(__half{}) : with_type(__nv_bfloat16{});
 }
 
 }  // namespace dcngen::small_map

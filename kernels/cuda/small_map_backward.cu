@@ -151,15 +151,6 @@ cudaError_t launch_backward(const BackwardArgs& args, cudaStream_t stream) {
                                                    args.offset_mask, args.grad_input, args.grad_offset_mask);
 }
 
-template <typename T>
-cudaError_t backward_typed(const BackwardArgs& args, cudaStream_t stream) {
-  switch (args.p.group_channels) {
-    case 16: return launch_backward<T, 16>(args, stream);
-    case 32: return launch_backward<T, 32>(args, stream);
-    default: return launch_backward<T, 64>(args, stream);
-  }
-}
-
 }  // namespace
 }  // namespace small_map
 
@@ -172,8 +163,9 @@ cudaError_t backward_small_map(const BackwardArgs& args, cudaStream_t stream) {
   for (const void* pointer : pointers) {
     if (!aligned16(pointer)) return cudaErrorMisalignedAddress;
   }
-  return args.p.dtype == DCNGEN_FLOAT16 ? small_map::backward_typed<__half>(args, stream)
-                                        : small_map::backward_typed<__nv_bfloat16>(args, stream);
+  return small_map::for_type_and_channels(args.p, [&](auto type, auto channels) {
+    return small_map::launch_backward<decltype(type), channels()>(args, stream);
+  });
 }
 
 }  // namespace dcngen

@@ -54,15 +54,6 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
                                                   args.output);
 }
 
-template <typename T>
-cudaError_t forward_typed(const ForwardArgs& args, cudaStream_t stream) {
-  switch (args.p.group_channels) {
-    case 16: return launch_forward<T, 16>(args, stream);
-    case 32: return launch_forward<T, 32>(args, stream);
-    default: return launch_forward<T, 64>(args, stream);
-  }
-}
-
 }  // namespace
 }  // namespace small_map
 
@@ -81,8 +72,9 @@ cudaError_t forward_small_map(const ForwardArgs& args, cudaStream_t stream) {
   if (!aligned16(args.input) || !aligned16(args.offset_mask) || !aligned16(args.output)) {
     return forward_plain(args, stream);
   }
-  return args.p.dtype == DCNGEN_FLOAT16 ? small_map::forward_typed<__half>(args, stream)
-                                        : small_map::forward_typed<__nv_bfloat16>(args, stream);
+  return small_map::for_type_and_channels(args.p, [&](auto type, auto channels) {
+    return small_map::launch_forward<decltype(type), channels()>(args, stream);
+  });
 }
 
 }  // namespace dcngen
