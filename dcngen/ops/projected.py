@@ -33,7 +33,7 @@ library.define(
 )
 # Fewer leave warpgroups of an H200 without work, which was not measured.
 LEAST_PIXELS = 2**16
-SMALL_MAP = 4
+SMALL_MAP = 4  # pixels a side: kSide of kernels/cuda/small_map.cuh
 
 _op = torch.ops.dcngen.dcnv4_packed_linear.default
 _backward_op = torch.ops.dcngen.dcnv4_packed_backward.default
