@@ -63,8 +63,7 @@ bool small_map_applies(const Params& p) {
   return plain_3x3(p) && p.dtype != DCNGEN_FLOAT32 && width && fits(p.height_in) && fits(p.width_in) &&
          fits(p.height_out) && fits(p.width_out) && p.input_pixel_stride % 8 == 0 &&
          p.offset_mask_pixel_stride % 8 == 0 && p.output_pixel_stride % 8 == 0 && p.offset_mask_channels % 8 == 0 &&
-         p.offset_mask_channels >= window::kGroupValues * p.groups && p.batch * p.groups < int64_t{1} << 30 &&
-         window::bulk_copies();  // nothing here needs sm_90, but as older code these kernels have not been run yet
+         p.offset_mask_channels >= window::kGroupValues * p.groups && p.batch * p.groups < int64_t{1} << 30;
 }
 
 cudaError_t forward_small_map(const ForwardArgs& args, cudaStream_t stream) {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcngen.ops import dcnv4, dcnv4_packed
-from gpu.helpers import Geometry, check, check_tensors, make, native, needs_window_backward, reference
+from gpu.helpers import Geometry, check, check_tensors, make, native, reference
 
 HALVES = [torch.float16, torch.bfloat16]
 SIZES = [(1, 1), (2, 3), (3, 2), (4, 4), (4, 1), (1, 4), (3, 3)]
@@ -110,7 +110,6 @@ def test_slices_of_wider_tensors(start):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_far_samples_are_reproducible_unasked(dtype):
-    needs_window_backward()
     geometry = Geometry(600, 4, 4, 5, 32)
     tensors = make(geometry, dtype, offset_std=3.0)
     for first, second in zip(native(geometry, *tensors), native(geometry, *tensors), strict=True):
@@ -118,7 +117,6 @@ def test_far_samples_are_reproducible_unasked(dtype):
 
 
 def test_one_kernel_forward_and_one_backward():
-    needs_window_backward()
     geometry = Geometry(64, 4, 4, 8, 64)
     value, offset_mask, grad = make(geometry, torch.bfloat16, offset_std=1.0)
     value.requires_grad_()
