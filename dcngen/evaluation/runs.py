@@ -181,7 +181,7 @@ def _custom_flops() -> dict:
     """Rules for torch's flop counter: our operators' shapes to operations."""
 
     def of_taps(out_shape, scalars) -> int:
-        kernel_h, kernel_w, *_, remove_center, _softmax = scalars
+        kernel_h, kernel_w, remove_center = *scalars[:2], scalars[10]
         return 8 * math.prod(out_shape) * (kernel_h * kernel_w - (1 if remove_center else 0))
 
     def separate(input_shape, offset_mask_shape, *scalars, out_shape=None, **_) -> int:

@@ -176,13 +176,15 @@ class DCNv4(nn.Module):
                 "channels come last, use .permute(0, 2, 3, 1) on NCHW tensors"
             )
         if self.fuse_projections and self.can_fuse_projections():
-            packed = self._project_at_once(x)
+            packed, packed_bias = self._project_at_once(x)
             if self._output_follows():
                 weight, bias = self.output_proj.weight, self.output_proj.bias
-                y = dcnv4_packed_linear(packed, weight, bias, channels=self.channels, **self.geometry._asdict())
+                y = dcnv4_packed_linear(
+                    packed, weight, bias, packed_bias, channels=self.channels, **self.geometry._asdict()
+                )
                 return y.flatten(1, 2) if input.dim() == 3 else y
-            y = dcnv4_packed(packed, channels=self.channels, **self.geometry._asdict())
-            value = packed[..., : self.channels]
+            y = dcnv4_packed(packed, packed_bias, channels=self.channels, **self.geometry._asdict())
+            value = packed[..., -self.channels :]
         else:
             value, offset_mask = self._project(x)
             y = dcnv4(value, offset_mask, **self.geometry._asdict())
@@ -214,15 +216,22 @@ class DCNv4(nn.Module):
         """Whether output_proj is a plain product of the operator's output."""
         return not self.center_feature_scale and _is_plain_linear(self.output_proj)
 
-    def _project_at_once(self, x: torch.Tensor) -> torch.Tensor:
-        """value, offset_mask and padding of x (N, H, W, in_channels), side by side, as one matrix product."""
-        weights, biases = zip(*((p.weight, p.bias) for p in (self.value_proj, self.offset_mask)), strict=True)
+    def _project_at_once(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """offset_mask, padding and value of x (N, H, W, in_channels), side by side, as one matrix product.
+
+        And its bias, where the operator is to compute the gradient; None where the product does.
+        """
+        weights, biases = zip(*((p.weight, p.bias) for p in (self.offset_mask, self.value_proj)), strict=True)
         width = sum(len(bias) for bias in biases)
         if padding := _padded_width(width, self.channels, x.is_cuda) - width:
-            weights = (*weights, weights[0].new_zeros(padding, self.in_channels))
-            biases = (*biases, biases[0].new_zeros(padding))
-        # Of a view in another order torch.compile makes a product and a further pass that adds the bias.
-        return F.linear(x.contiguous(), torch.cat(weights), torch.cat(biases))
+            weights = (weights[0], weights[0].new_zeros(padding, self.in_channels), weights[1])
+            biases = (biases[0], biases[0].new_zeros(padding), biases[1])
+        weight, bias = torch.cat(weights), torch.cat(biases)
+        x = x.contiguous()  # of a view in another order torch.compile makes a product and a pass that adds the bias
+        # With center_feature_scale the value has a gradient that the operator does not see.
+        if self.center_feature_scale or not (torch.is_grad_enabled() and bias.requires_grad):
+            return F.linear(x, weight, bias), None
+        return F.linear(x, weight, bias.detach()), bias
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """value (N, H, W, channels) and offset_mask (N, H_out, W_out, P) of x (N, H, W, in_channels)."""

@@ -21,6 +21,8 @@ SCALARS = (
     "int groups, float offset_scale, bool remove_center, bool softmax"
 )
 
+SCALAR_COUNT = SCALARS.count(",") + 1
+
 library = torch.library.Library("dcngen", "DEF")
 library.define(f"dcnv4(Tensor input, Tensor offset_mask, {SCALARS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.define(
@@ -222,10 +224,10 @@ def _cast(argument, device_type: str):
     return argument.to(torch.get_autocast_dtype(device_type))
 
 
-def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def as_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors as the operator's autocast rule has them, where it is not the operator that is called."""
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return tuple(_cast(t, t.device.type) if t.device.type in kinds else t for t in tensors)
+    return tuple(_cast(t, t.device.type) if t is not None and t.device.type in kinds else t for t in tensors)
 
 
 register_autocast("dcnv4")

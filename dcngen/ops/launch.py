@@ -86,33 +86,64 @@ def backward_cuda(
     into: Gradients | None = None,
 ) -> Gradients:
     """As backward_cpu; the tensors of `into` begin on 16 bytes."""
+    return _backward_cuda(grad_output, input, offset_mask, scalars, into, False)[0]
+
+
+def backward_with_sums(
+    grad_output: torch.Tensor, input: torch.Tensor, offset_mask: torch.Tensor, scalars: tuple, into: Gradients
+) -> torch.Tensor | None:
+    """Writes the gradients of input and offset_mask to `into`; returns their sums over all pixels, float32.
+
+    Those of offset_mask come first. None where the kernels have none.
+    """
+    if input.is_cuda:
+        return _backward_cuda(grad_output, input, offset_mask, scalars, into, True)[1]
+    backward_cpu(grad_output, input, offset_mask, scalars, into)
+    return None
+
+
+def _backward_cuda(
+    grad_output, input, offset_mask, scalars: tuple, into: Gradients | None, with_sums: bool
+) -> tuple[Gradients, torch.Tensor | None]:
+    """The gradients, and their sums where they are asked for and the kernels have them."""
     library = native_library("cuda", input.dtype)
     if library is None:
-        return _backward_reference(grad_output, input, offset_mask, scalars, into)
+        return _backward_reference(grad_output, input, offset_mask, scalars, into), None
     grad_output, input, offset_mask = _aligned(grad_output), _aligned(input), _aligned(offset_mask)
     plan, input, offset_mask, grad_output = prepare(input, offset_mask, grad_output, scalars, into)
-    grad_input, grad_offset_mask = into or (input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape))
+    gradients = into or (input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape))
     device = input.get_device()
     if plan.workspace_bytes is None:
-        with torch.cuda.device(device):  # the library asks the current device what it can do
-            plan.workspace_bytes = library.dcngen_cuda_dcnv4_backward_workspace_size(plan.address)
-        if plan.workspace_bytes < 0:
-            raise _cuda_error(library, device)
+        _ask_about_backward(library, plan, device)
+    with_sums = with_sums and plan.sums
+    sums = input.new_empty(sum(g.shape[3] for g in gradients), dtype=torch.float32) if with_sums else None
     # Allocated per call: the caching allocator then orders its reuse on the stream that is current here.
-    workspace = input.new_empty(plan.workspace_bytes, dtype=torch.uint8) if plan.workspace_bytes else None
+    size = plan.workspace_bytes[with_sums]
+    workspace = input.new_empty(size, dtype=torch.uint8) if size else None
     if library.dcngen_cuda_dcnv4_backward(
         plan.address,
         grad_output.data_ptr(),
         input.data_ptr(),
         offset_mask.data_ptr(),
-        grad_input.data_ptr(),
-        grad_offset_mask.data_ptr(),
+        gradients[0].data_ptr(),
+        gradients[1].data_ptr(),
+        None if sums is None else sums.data_ptr(),
         None if workspace is None else workspace.data_ptr(),
         device,
         torch._C._cuda_getCurrentRawStream(device),
     ):
         raise _cuda_error(library, device)
-    return grad_input, grad_offset_mask
+    return gradients, sums
+
+
+def _ask_about_backward(library: ctypes.CDLL, plan: Plan, device: int) -> None:
+    with torch.cuda.device(device):  # the library asks the current device what it can do
+        plan.sums = bool(library.dcngen_cuda_dcnv4_backward_has_sums(plan.address))
+        size = library.dcngen_cuda_dcnv4_backward_workspace_size
+        without, with_sums = size(plan.address, 0), size(plan.address, 1)
+    if min(without, with_sums) < 0:
+        raise _cuda_error(library, device)
+    plan.workspace_bytes = without, with_sums
 
 
 def forward(input: torch.Tensor, offset_mask: torch.Tensor, scalars: tuple) -> torch.Tensor:
@@ -195,9 +226,22 @@ def _projects(library: ctypes.CDLL, plan: Plan, input, offset_mask, weight, bias
 @functools.lru_cache
 def has_projected_kernel(library: ctypes.CDLL, device: int) -> bool:
     """Whether forward_projected is one kernel on this device for shapes that fit it."""
+    params = _params_that_fit()
+    return bool(library.dcngen_cuda_dcnv4_projected_applies(ctypes.addressof(params), device))
+
+
+@functools.lru_cache
+def has_sums(library: ctypes.CDLL, device: int) -> bool:
+    """Whether the backward has the gradients' sums on this device for shapes that fit it."""
+    params = _params_that_fit()
+    with torch.cuda.device(device):
+        return bool(library.dcngen_cuda_dcnv4_backward_has_sums(ctypes.addressof(params)))
+
+
+def _params_that_fit() -> DCNv4Params:
     params = DCNv4Params(1, 8, 8, 8, 8, 128, 56, 128, 128, 56, 56, 2, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1.0)
     params.dtype = DTYPE_CODES[torch.bfloat16]
-    return bool(library.dcngen_cuda_dcnv4_projected_applies(ctypes.addressof(params), device))
+    return params
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import dcngen
 
-ABI_VERSION = 1  # DCNGEN_ABI_VERSION of kernels/include/dcngen_kernels.h
+ABI_VERSION = 2  # DCNGEN_ABI_VERSION of kernels/include/dcngen_kernels.h
 LIBRARY_DIR_VARIABLE = "DCNGEN_LIBRARY_DIR"
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -74,8 +74,9 @@ _SIGNATURES = {
         "dcngen_cuda_dcnv4_forward": (ctypes.c_int, [_POINTER] * 4 + [ctypes.c_int, _POINTER]),
         "dcngen_cuda_dcnv4_projected_applies": (ctypes.c_int, [_POINTER, ctypes.c_int]),
         "dcngen_cuda_dcnv4_forward_projected": (ctypes.c_int, [_POINTER] * 7 + [ctypes.c_int, _POINTER]),
-        "dcngen_cuda_dcnv4_backward_workspace_size": (_INT64, [_POINTER]),
-        "dcngen_cuda_dcnv4_backward": (ctypes.c_int, [_POINTER] * 7 + [ctypes.c_int, _POINTER]),
+        "dcngen_cuda_dcnv4_backward_has_sums": (ctypes.c_int, [_POINTER]),
+        "dcngen_cuda_dcnv4_backward_workspace_size": (_INT64, [_POINTER, ctypes.c_int]),
+        "dcngen_cuda_dcnv4_backward": (ctypes.c_int, [_POINTER] * 8 + [ctypes.c_int, _POINTER]),
     },
 }
 

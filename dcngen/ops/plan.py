@@ -34,7 +34,7 @@ class Plan:
 
     __slots__ = (
         "address", "copies", "geometry", "output_is_like_input", "output_shape", "output_strides", "params", "projects",
-        "workspace_bytes",
+        "sums", "workspace_bytes",
     )  # fmt: skip
 
     def __init__(self, input, offset_mask, grad_output, scalars: tuple, into: Gradients | None):
@@ -55,7 +55,9 @@ class Plan:
             self.params.grad_offset_mask_pixel_stride = into[1].stride(2)
             self.params.offset_mask_channels = into[1].shape[3]
         self.address = ctypes.addressof(self.params)
-        self.workspace_bytes: int | None = None  # asked of the CUDA library at the first backward
+        # Asked of the CUDA library at the first backward: whether it has the gradients' sums; without and with them.
+        self.sums: bool | None = None
+        self.workspace_bytes: tuple[int, int] | None = None
         self.projects: bool | None = None  # likewise at the first forward_projected
 
 

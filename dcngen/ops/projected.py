@@ -12,37 +12,35 @@ import torch.nn.functional as F
 from . import launch
 from .backends import native_library
 from .dcnv4 import (
+    SCALAR_COUNT,
     SCALARS,
     is_plain_eager,
-    is_plain_gradient,
     library,
     needs_reference,
     register_autocast,
     scalars_of,
 )
 from .geometry import split_packed
-from .packed import _backward as _packed_backward
-from .packed import dcnv4_packed
+from .packed import SMALL_MAP, check_packed_bias, dcnv4_packed, gradients_of, packed_gradients, with_bias_gradient
 from .plan import geometry_of
 from .reference import reference_forward
 
 library.define(
-    f"dcnv4_packed_linear(Tensor packed, Tensor weight, Tensor? bias, int channels, bool save_output, {SCALARS}) "
-    "-> (Tensor, Tensor)",
+    f"dcnv4_packed_linear(Tensor packed, Tensor weight, Tensor? bias, int channels, bool save_output, {SCALARS}, "
+    "Tensor? packed_bias=None) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Fewer leave warpgroups of an H200 without work, which was not measured.
 LEAST_PIXELS = 2**16
-SMALL_MAP = 4  # pixels a side: kSide of kernels/cuda/small_map.cuh
 
 _op = torch.ops.dcngen.dcnv4_packed_linear.default
-_backward_op = torch.ops.dcngen.dcnv4_packed_backward.default
 
 
 def dcnv4_packed_linear(
     packed: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
+    packed_bias: torch.Tensor | None = None,
     *,
     channels: int,
     kernel_size: int | tuple[int, int] = 3,
@@ -54,15 +52,15 @@ def dcnv4_packed_linear(
     remove_center: bool = False,
     softmax: bool = False,
 ) -> torch.Tensor:
-    """`F.linear(dcnv4_packed(packed, ...), weight, bias)`, in one kernel where that is faster.
+    """`F.linear(dcnv4_packed(packed, packed_bias, ...), weight, bias)`, in one kernel where that is faster.
 
     It is one kernel on compute capability 9.0, for float16 and bfloat16, 128 channels in groups of 32 or 64, a 3x3
     window of stride and dilation 1, and maps and batches that fill the device. The operator's output is rounded to the
     dtype before the product, as it is between two calls.
 
     Args:
-        packed, channels, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax: as in
-            `dcnv4_packed`.
+        packed, packed_bias, channels, kernel_size, stride, padding, dilation, groups, offset_scale, remove_center,
+            softmax: as in `dcnv4_packed`.
         weight, bias: (out, channels) and (out,) or None, as in `torch.nn.functional.linear`.
 
     Returns:
@@ -74,10 +72,13 @@ def dcnv4_packed_linear(
     if not isinstance(packed, torch.Tensor):
         raise TypeError(f"packed: expected a torch.Tensor, got {type(packed).__name__}")
     scalars = scalars_of(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (packed, weight, bias))
+    check_packed_bias(packed, packed_bias)
+    tensors = (packed, weight, bias, packed_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if needs_reference() or not _is_one_kernel(packed, weight, channels, scalars):
         output = dcnv4_packed(
             packed,
+            packed_bias,
             channels=channels,
             kernel_size=kernel_size,
             stride=stride,
@@ -90,9 +91,9 @@ def dcnv4_packed_linear(
         )
         return F.linear(output, weight, bias)
     if torch.compiler.is_compiling() or not is_plain_eager(packed, weight):
-        return _op(packed, weight, bias, channels, needs_grad, *scalars)[0]
+        return _op(packed, weight, bias, channels, needs_grad, *scalars, packed_bias)[0]
     if needs_grad:
-        return _EagerLinear.apply(packed, weight, bias, channels, scalars)
+        return _EagerLinear.apply(*tensors, channels, scalars)
     return _forward(packed, weight, bias, channels, False, *scalars)[0]
 
 
@@ -126,71 +127,79 @@ def _forward(packed, weight, bias, channels: int, save_output: bool, *scalars):
     return launch.forward_projected(input, offset_mask, weight, bias, save_output, scalars)
 
 
+def _forward_impl(packed, weight, bias, channels, save_output, *scalars_and_bias):
+    return _forward(packed, weight, bias, channels, save_output, *scalars_and_bias[:SCALAR_COUNT])
+
+
 for _key in ("CPU", "CUDA"):
-    library.impl("dcnv4_packed_linear", _forward, _key)
+    library.impl("dcnv4_packed_linear", _forward_impl, _key)
 
 
 @torch.library.register_fake("dcngen::dcnv4_packed_linear", lib=library)
-def _forward_fake(packed, weight, bias, channels, save_output, *scalars):
-    split_packed(packed, channels, geometry_of(scalars))
+def _forward_fake(packed, weight, bias, channels, save_output, *scalars_and_bias):
+    split_packed(packed, channels, geometry_of(scalars_and_bias[:SCALAR_COUNT]))
     output = packed.new_empty((*packed.shape[:3], channels) if save_output else (0,))
     return packed.new_empty((*packed.shape[:3], weight.shape[0])), output
 
 
 def _setup_context(ctx, inputs, output):
-    packed, weight, bias, ctx.channels = inputs[:4]
-    ctx.scalars = inputs[5:]
+    packed, weight, bias, ctx.channels, _, *scalars, packed_bias = inputs
+    ctx.scalars = tuple(scalars)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(packed, weight, bias, output[1])
+    ctx.save_for_backward(packed, weight, bias, packed_bias, output[1])
 
 
-def _gradients(ctx, grad):
-    packed, weight, bias, output = ctx.saved_tensors
+def _gradients(ctx, grad, wanted):
+    """Of packed, weight, bias and packed_bias."""
+    *tensors, output = ctx.saved_tensors
+    packed, weight, bias, packed_bias = tensors
     if grad is None:
-        return None, None, None
-    wanted = ctx.needs_input_grad[:3]
+        return None, None, None, None
     if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
         geometry = geometry_of(ctx.scalars)
-        result = F.linear(reference_forward(*split_packed(packed, ctx.channels, geometry), geometry), weight, bias)
-        tensors = [t for t, want in zip((packed, weight, bias), wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(result, tensors, grad, create_graph=True))
-        return tuple(next(found) if want else None for want in wanted)
+        shifted = with_bias_gradient(packed, packed_bias)
+        result = F.linear(reference_forward(*split_packed(shifted, ctx.channels, geometry), geometry), weight, bias)
+        return gradients_of(result, [t if want else None for t, want in zip(tensors, wanted, strict=True)], grad)
     if output.dim() == 1:  # of a call that did not expect a backward
         output = torch.ops.dcngen.dcnv4_packed.default(packed, ctx.channels, *ctx.scalars)
     flat = grad.flatten(0, 2)
-    of_packed = of_weight = of_bias = None
-    if wanted[0]:
+    of_packed = of_weight = of_bias = of_packed_bias = None
+    if wanted[0] or wanted[3]:
         of_output = (flat @ weight).view(output.shape).to(packed.dtype)  # a backward under autocast chooses its own
-        plain = is_plain_eager(packed, weight) and is_plain_gradient(of_output) and not grad.is_neg()
-        of_packed = (_packed_backward if plain else _backward_op)(of_output, packed, ctx.channels, *ctx.scalars)
+        of_packed, of_packed_bias = packed_gradients(
+            of_output, packed, packed_bias if wanted[3] else None, ctx.channels, ctx.scalars
+        )
     if wanted[1]:
         of_weight = flat.t() @ output.flatten(0, 2)
     if wanted[2]:
         of_bias = flat.sum(0)
-    return of_packed, of_weight, of_bias
+    return of_packed, of_weight, of_bias, of_packed_bias
 
 
 class _EagerLinear(torch.autograd.Function):
     """What the operator's autograd does, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, packed, weight, bias, channels, scalars):
+    def forward(ctx, packed, weight, bias, packed_bias, channels, scalars):
         projected, output = _forward(packed, weight, bias, channels, True, *scalars)
         ctx.channels, ctx.scalars = channels, scalars
-        ctx.save_for_backward(packed, weight, bias, output)
+        ctx.save_for_backward(packed, weight, bias, packed_bias, output)
         return projected
 
     @staticmethod
     def backward(ctx, grad):
-        return *_gradients(ctx, grad), None, None
+        return *_gradients(ctx, grad, ctx.needs_input_grad[:4]), None, None
+
+
+def _registered_gradient(ctx, grad, _):
+    needs = ctx.needs_input_grad
+    *of_parameters, of_packed_bias = _gradients(ctx, grad, (*needs[:3], needs[-1]))
+    return *of_parameters, *[None] * (2 + SCALAR_COUNT), of_packed_bias
 
 
 torch.library.register_autograd(
-    "dcngen::dcnv4_packed_linear",
-    lambda ctx, grad, _: (*_gradients(ctx, grad), *[None] * (2 + len(ctx.scalars))),
-    setup_context=_setup_context,
-    lib=library,
+    "dcngen::dcnv4_packed_linear", _registered_gradient, setup_context=_setup_context, lib=library
 )
 
 

@@ -52,17 +52,27 @@ def dcnv4_reference(
     return reference_forward(input, offset_mask, geometry)
 
 
-def dcnv4_packed_reference(packed: torch.Tensor, *, channels: int, groups: int, **options) -> torch.Tensor:
+def dcnv4_packed_reference(
+    packed: torch.Tensor, packed_bias: torch.Tensor | None = None, *, channels: int, groups: int, **options
+) -> torch.Tensor:
     """`dcnv4_reference` of the two parts of one tensor; see `dcnv4_packed`."""
     geometry = make_geometry(groups=groups, **options)
+    if packed_bias is not None:
+        packed = packed + (packed_bias - packed_bias.detach())
     return reference_forward(*split_packed(packed, channels, geometry), geometry)
 
 
 def dcnv4_packed_linear_reference(
-    packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, channels: int, **options
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    packed_bias: torch.Tensor | None = None,
+    *,
+    channels: int,
+    **options,
 ) -> torch.Tensor:
     """`F.linear` of `dcnv4_packed_reference`; see `dcnv4_packed_linear`."""
-    return F.linear(dcnv4_packed_reference(packed, channels=channels, **options), weight, bias)
+    return F.linear(dcnv4_packed_reference(packed, packed_bias, channels=channels, **options), weight, bias)
 
 
 def reference_forward(input: torch.Tensor, offset_mask: torch.Tensor, geometry: Geometry) -> torch.Tensor:

@@ -113,19 +113,29 @@ int dcngen_cuda_dcnv4_forward_projected(const dcngen_dcnv4_params* params, const
   return check(forward_projected(args, static_cast<cudaStream_t>(stream)), "dcnv4 projected forward");
 }
 
-int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params) {
+int dcngen_cuda_dcnv4_backward_has_sums(const dcngen_dcnv4_params* params) {
+  if (backward_small_map_applies(*params) || !backward_window_applies(*params)) return 0;
+  return backward_window_sums(*params) ? 1 : 0;
+}
+
+int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params, int with_sums) {
   if (backward_small_map_applies(*params)) return 0;
-  return backward_window_applies(*params) ? backward_window_workspace(*params) : backward_plain_workspace(*params);
+  return backward_window_applies(*params) ? backward_window_workspace(*params, with_sums != 0)
+                                          : backward_plain_workspace(*params);
 }
 
 int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* grad_output, const void* input,
-                               const void* offset_mask, void* grad_input, void* grad_offset_mask, void* workspace,
-                               int device, void* stream) {
+                               const void* offset_mask, void* grad_input, void* grad_offset_mask, float* grad_sums,
+                               void* workspace, int device, void* stream) {
   if (const char* reason = unsupported(*params)) return fail(std::string("dcnv4 backward: ") + reason);
   if (params->batch == 0 || params->height_in == 0 || params->width_in == 0) return 0;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 backward: selecting the device");
-  const BackwardArgs args{*params, grad_output, input, offset_mask, grad_input, grad_offset_mask, workspace};
+  if (grad_sums != nullptr && !dcngen_cuda_dcnv4_backward_has_sums(params)) {
+    return fail("dcnv4 backward: this backward has no grad_sums; pass NULL");
+  }
+  const BackwardArgs args{*params,    grad_output,      input,     offset_mask,
+                          grad_input, grad_offset_mask, grad_sums, workspace};
   const auto run = backward_small_map_applies(args.p) ? backward_small_map
                    : backward_window_applies(args.p)  ? backward_window
                                                       : backward_plain;

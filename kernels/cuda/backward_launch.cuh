@@ -3,8 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "backward_far.cuh"
 #include "backward_single.cuh"
+#include "backward_sums.cuh"
 #include "backward_tile.cuh"
 #include "backward_wide.cuh"
 
@@ -60,14 +63,36 @@ inline Windows choose_windows(const Params& p) {
   return large && p.group_channels >= 32 && !p.deterministic ? Windows::kAround : Windows::kNone;
 }
 
+// The workspace: of every unit 16 bits a pixel and a flag; then, where sums are asked for, of every unit a row, of every
+// block of the kernel that adds them up another, and of every group a count.
+struct Workspace {
+  int64_t far_units, sums, partial, finished, bytes;
+  int blocks;  // of a group, in sum_kernel
+  Workspace(const Params& p, Tile tile, bool with_sums) {
+    constexpr int64_t kBlocks = 384, kRows = 4 * kSumWarps;  // three a multiprocessor; half of what one loads at once
+    const int64_t units = count_units(p, tile), row = 4 * (p.group_channels + 28);
+    const int64_t wanted = kBlocks / p.groups, useful = units / p.groups / kRows;
+    blocks = static_cast<int>(std::max<int64_t>(1, std::min(wanted, useful)));
+    far_units = 64 * units;
+    sums = (far_units + units + 15) / 16 * 16;
+    partial = sums + (with_sums ? units * row : 0);
+    finished = partial + (with_sums ? int64_t{p.groups} * blocks * row : 0);
+    bytes = with_sums ? finished + 4 * p.groups : far_units + units;
+  }
+};
+
 inline TileArgs tile_args(const BackwardArgs& args, Tile tile) {
   const Params& p = args.p;
   const Extent e = extent_of(p);
   TileArgs t;
   t.offset_mask = args.offset_mask;
   t.grad_offset_mask = args.grad_offset_mask;
+  const Workspace at(p, tile, args.grad_sums != nullptr);
+  auto* const workspace = static_cast<uint8_t*>(args.workspace);
   t.far_masks = static_cast<uint16_t*>(args.workspace);
-  t.far_units = static_cast<uint8_t*>(args.workspace) + 64 * count_units(p, tile);
+  t.far_units = workspace + at.far_units;
+  t.sums = args.grad_sums == nullptr ? nullptr : reinterpret_cast<float*>(workspace + at.sums);
+  t.finished_sums = reinterpret_cast<uint32_t*>(workspace + at.finished);
   t.offset_mask_stride = p.offset_mask_pixel_stride;
   t.grad_offset_mask_stride = p.grad_offset_mask_pixel_stride;
   t.channels = p.offset_mask_channels;
@@ -125,7 +150,9 @@ cudaError_t launch_tile(const BackwardArgs& args, const TileArgs& tile, cudaStre
                                                                          stream);
   } else {
     using Shape = TileShape<D, UNITS_X, UNITS_Y>;
-    return launch_kernel<Shape, tile_kernel<T, D, UNITS_X, UNITS_Y>>(D, args, tile, blocks, stream);
+    return tile.sums == nullptr
+               ? launch_kernel<Shape, tile_kernel<T, D, UNITS_X, UNITS_Y, false>>(D, args, tile, blocks, stream)
+               : launch_kernel<Shape, tile_kernel<T, D, UNITS_X, UNITS_Y, true>>(D, args, tile, blocks, stream);
   }
 }
 
@@ -177,15 +204,18 @@ inline int few_samples(const Params& p, Windows windows) {
   return 8192 / p.group_channels;
 }
 
-template <typename T, int D>
-cudaError_t launch_after_tile(const BackwardArgs& args, const TileArgs& tile, Tile shape, cudaStream_t stream) {
+inline FarArgs far_args(const BackwardArgs& args, const TileArgs& tile, Tile shape) {
   constexpr int64_t kFewUnits = 8192;  // one each keeps more warps busy
-  const Params& p = args.p;
-  const int64_t units = count_units(p, shape);
+  const int64_t units = count_units(args.p, shape);
+  return {tile, args.p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
+          log2(shape.units_x * shape.units_y), units < kFewUnits ? 1 : kMostUnits, 0,
+          few_samples(args.p, choose_windows(args.p)), units};
+}
+
+template <typename T, int D>
+cudaError_t launch_for_far(const FarArgs& far, cudaStream_t stream) {
+  const Params& p = far.p;
   const Windows windows = choose_windows(p);
-  const FarArgs far{tile, p, args.grad_output, args.input, args.grad_input, log2(shape.units_x),
-                    log2(shape.units_x * shape.units_y), units < kFewUnits ? 1 : kMostUnits, 0, few_samples(p, windows),
-                    units};
   if constexpr (sizeof(T) == 2) {
     if (windows == Windows::kWhole) {
       const bool small = p.width_in <= 8 && p.height_in <= 8;
@@ -201,12 +231,25 @@ cudaError_t launch_after_tile(const BackwardArgs& args, const TileArgs& tile, Ti
 }
 
 template <typename T, int D>
+cudaError_t launch_sums(const BackwardArgs& args, const FarArgs& far, Tile shape, cudaStream_t stream) {
+  const Workspace at(args.p, shape, true);
+  float* const partial = reinterpret_cast<float*>(static_cast<uint8_t*>(args.workspace) + at.partial);
+  const SumArgs sums{far, partial, args.grad_sums, static_cast<int>(far.units / args.p.groups), at.blocks};
+  return launch(sum_kernel<T, D>, int64_t{args.p.groups} * at.blocks, 32 * kSumWarps, 0, stream, true, sums);
+}
+
+template <typename T, int D>
 cudaError_t launch_all(const BackwardArgs& args, Tile shape, cudaStream_t stream) {
   const TileArgs tile = tile_args(args, shape);
-  const cudaError_t error = shape.units_x == 1 ? launch_tile<T, D, 1, 2>(args, tile, stream)
-                                               : launch_tile<T, D, 2, 2>(args, tile, stream);
+  cudaError_t error = shape.units_x == 1 ? launch_tile<T, D, 1, 2>(args, tile, stream)
+                                         : launch_tile<T, D, 2, 2>(args, tile, stream);
   if (error != cudaSuccess) return error;
-  return launch_after_tile<T, D>(args, tile, shape, stream);
+  const FarArgs far = far_args(args, tile, shape);
+  error = launch_for_far<T, D>(far, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (error == cudaSuccess && tile.sums != nullptr) error = launch_sums<T, D>(args, far, shape, stream);
+  }
+  return error;
 }
 
 // Shared memory that the larger tile takes; some architectures have less than sm_90.

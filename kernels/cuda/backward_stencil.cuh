@@ -26,6 +26,8 @@ struct TileArgs {
   int shift_x, shift_y;
   float scale;
   float reach;  // displacements that far_units counts
+  float* sums;  // a row of every unit (backward_sums.cuh); null: not asked for
+  uint32_t* finished_sums;  // of every group: set to 0 for sum_kernel
 };
 
 // Byte offset of a pixel's 16-byte piece in a tile of 2 * D bytes a pixel, as the copy engine's swizzle places it.
@@ -101,21 +103,23 @@ __device__ __forceinline__ unsigned far_bits(float2 d, int k, float reach) {
   return (1u << k) + (fabsf(d.x) < reach && fabsf(d.y) < reach ? 0x10000u : 0u);
 }
 
-// Writes a unit's flag and, where it is set, the bits of its pixels.
-__device__ __forceinline__ void note_far_samples(const TileArgs& args, int64_t unit, unsigned far, int lane) {
+// Writes a unit's flag and, where it is set, the bits of its pixels; returns whether it is.
+__device__ __forceinline__ bool note_far_samples(const TileArgs& args, int64_t unit, unsigned far, int lane) {
   unsigned flag = 0;
   if (__any_sync(window::kAllLanes, far != 0)) {
     flag = 1 + min(__reduce_add_sync(window::kAllLanes, far >> 16), 254u);
     args.far_masks[32 * unit + lane] = static_cast<uint16_t>(far);
   }
   if (lane == 0) args.far_units[unit] = static_cast<uint8_t>(flag);
+  return flag != 0;
 }
 
 // Returns, as bits, the taps whose gradients the products do not give: those that are not near, NaN among them. Of
 // these the ones beyond 1 leave no weights either: offset and mask become 0. (At |d| = 1 the weights are exact, only
-// the derivative is that of a cell further out.) Counts, too: see far_bits.
-template <typename T>
-__device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale, float reach) {
+// the derivative is that of a cell further out.) Counts, too: see far_bits. `removed(tap, displacement, mask)` is called
+// for each of them.
+template <typename T, typename Removed>
+__device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale, float reach, Removed removed) {
   constexpr uint32_t kToSign = 0x80008000u - HalfTraits<T>::kOne * 0x10001u;  // |h| >= 1 sets the top bit
   unsigned far = 0, beyond = 0;
   if (scale == 1.f) {
@@ -134,6 +138,7 @@ __device__ __forceinline__ unsigned remove_far(OffsetMask& om, float scale, floa
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
     if (beyond >> k & 1) {
+      removed(k, displacement<T>(om.word[k], k / 3, k % 3, scale), mask_of<T>(om, k));
       om.word[k] = 0;
       om.word[9 + k / 2] &= k % 2 ? 0x0000ffffu : 0xffff0000u;
     }
@@ -239,7 +244,12 @@ __device__ __forceinline__ void pixel_gradients(const OffsetMask& om, const floa
       const float m = mask_of<T>(om, k), factor = scale * m;
       const TapGradient gradient = tap_gradient(products, i, j, d, from_x, from_y);
       window::store_shared(to + 4 * k, HalfTraits<T>::pack(factor * gradient.x, factor * gradient.y));
-      window::store_shared2(to + 36 + 2 * k, HalfTraits<T>::pack(gradient.mask, 0.f));
+      const uint32_t of_mask = HalfTraits<T>::pack(gradient.mask, 0.f);
+      if (k < 8) {
+        window::store_shared2(to + 36 + 2 * k, of_mask);
+      } else {
+        window::store_shared(to + 36 + 2 * k, of_mask);  // the half word behind is summed with it
+      }
       add_tap(w, i, j, d, m);
     }
     frame.template store_row<T>(j, w[j]);

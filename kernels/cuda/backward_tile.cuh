@@ -13,6 +13,7 @@
 #pragma once
 
 #include "backward_products.cuh"
+#include "backward_sums.cuh"
 
 namespace dcngen::backward {
 
@@ -49,9 +50,10 @@ struct TileShape {
 
 // Writes the warp's staged gradients of offset_mask, 27 numbers a pixel: half a warp a pixel, a word a lane. An odd
 // group begins in the middle of a word of memory; the one number that shares its word with another group goes alone.
-template <typename T>
+// Where SUMS, the unit's go to `row_of_sums`. (Pixels outside the output had a grad_output of 0: so are theirs.)
+template <typename T, int D, bool SUMS>
 __device__ __forceinline__ void write_offset_mask(const TileArgs& args, uint32_t stage, int n, int group, int u_x,
-                                                  int u_y, int lane) {
+                                                  int u_y, int lane, float* row_of_sums, bool far) {
   const int word = lane & 15, odd = group & 1, x0 = u_x - args.shift_x, y0 = u_y - args.shift_y;
   const bool alone = word == (odd ? 0 : 13), pair = word <= 13 && !alone;
   const int64_t stride = args.grad_offset_mask_stride, row_stride = stride * args.width_out;
@@ -59,13 +61,20 @@ __device__ __forceinline__ void write_offset_mask(const TileArgs& args, uint32_t
                   (int64_t{n} * args.height_out + y0) * row_stride + (x0 + (lane >> 4)) * stride + 27 * group;
   // The last two lanes of a half have no word. They read a neighbour's, since behind a pixel may be another warp's stage.
   const uint32_t from = stage + 56 * (lane >> 4) + 4 * (word < 14 ? word : 13);
+  WordSums<T> sums(lane);
 #pragma unroll
   for (int y = 0; y < 4; ++y, row += row_stride) {
-    if (y0 + y < 0 || y0 + y >= args.height_out) continue;
+    const bool row_inside = y0 + y >= 0 && y0 + y < args.height_out;
+    if (!SUMS && !row_inside) continue;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = window::load_shared(from + 56 * (8 * y + 2 * i));
+    if (SUMS) sums.add(words);
+    if (!row_inside) continue;
     uint16_t* to = row + 2 * word - odd;
 #pragma unroll
     for (int x = 0; x < 8; x += 2, to += 2 * stride) {
-      const uint32_t at = from + 56 * (8 * y + x), v = window::load_shared(at);
+      const uint32_t at = from + 56 * (8 * y + x), v = words[x / 2];
       const uint32_t before = window::load_shared(word == 0 ? at : at - 4);
       const uint32_t both = odd ? __funnelshift_l(before, v, 16) : v;
       const bool inside = static_cast<unsigned>(x0 + x + (lane >> 4)) < static_cast<unsigned>(args.width_out);
@@ -73,9 +82,10 @@ __device__ __forceinline__ void write_offset_mask(const TileArgs& args, uint32_t
       if (alone && inside) to[odd] = static_cast<uint16_t>(v);
     }
   }
+  if (SUMS) store_number_sums<D>(row_of_sums, sums, far, lane);
 }
 
-template <typename T, int D, int UNITS_X, int UNITS_Y>
+template <typename T, int D, int UNITS_X, int UNITS_Y, bool SUMS>
 __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, TileShape<D, UNITS_X, UNITS_Y>::kBlocks)
     tile_kernel(const __grid_constant__ Maps maps, const TileArgs args) {
 #if __CUDA_ARCH__ >= 900
@@ -101,6 +111,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     window::load_box(region_a, maps.input, group * D, x, y, n, barrier);
     window::load_box(region_b, maps.grad_output, group * D, x - args.shift_x, y - args.shift_y, n, barrier);
     window::load_box(region_c, maps.offset_mask, numbers.first, x - args.shift_x, y - args.shift_y, n, barrier);
+    if (SUMS && blockIdx.x < args.groups) args.finished_sums[blockIdx.x] = 0;
   }
   const int unit_x = 8 * (warp % UNITS_X), unit_y = 4 * (warp / UNITS_X);  // in the tile; the window begins there too
   const int u_x = u_x0 + unit_x, u_y = u_y0 + unit_y;
@@ -145,19 +156,27 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
   const uint32_t stage = region_a + warp * Shape::kInputStage;
   const uint32_t offset_mask_stage =
       region_a + Shape::kWarps * Shape::kInputStage + warp * Shape::kOffsetMaskStage;
+  const uint32_t unit = blockIdx.x * Shape::kWarps + warp;  // there are fewer than 2^30 blocks
+  float far_share = 0.f;
   if (active) {
     const int px = u_x0 - 2 + x, py = u_y0 - 2 + y;  // the pixel's u
     const bool inside = px >= args.shift_x && px < args.width_out + args.shift_x && py >= args.shift_y &&
                         py < args.height_out + args.shift_y;
-    unsigned far = remove_far<T>(om, args.scale, args.reach);
-    if (!inside) far = 0;
-    note_far_samples(args, static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp, far, lane);
+    unsigned far = remove_far<T>(om, args.scale, args.reach, [&](int k, float2 d, float mask) {
+      if (!SUMS) return;
+      const float on_map =
+          share_on_map(px + k / 3 - 1 + d.x, py + k % 3 - 1 + d.y, args.width_in, args.height_in);
+      if (on_map > 0.f) far_share = fmaf(mask, on_map, far_share);
+    });
+    if (!inside) far = 0, far_share = 0.f;
+    const bool some_far = note_far_samples(args, unit, far, lane);
     pixel_gradients<T>(om, products, px, py, args.scale, offset_mask_stage + 56 * lane,
                        WeightFrame(region_c + 96 * slot, x, y));
     __syncwarp();
-    write_offset_mask<T>(args, offset_mask_stage, n, group, u_x, u_y, lane);
+    write_offset_mask<T, D, SUMS>(args, offset_mask_stage, n, group, u_x, u_y, lane, args.sums + int64_t{unit} * kSumRow<D>, some_far);
   } else {
-    if (lane == 0) args.far_units[static_cast<int64_t>(blockIdx.x) * Shape::kWarps + warp] = 0;
+    if (lane == 0) args.far_units[unit] = 0;
+    if (SUMS) store_no_sums<D>(args.sums + int64_t{unit} * kSumRow<D>, lane);
     store_no_weights(region_c + 96 * slot);
   }
 #pragma unroll
@@ -171,7 +190,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     const uint32_t to = region_c + 96 * (ry * kPitch + rx);
     if (number >= Shape::kRing) continue;
     if (some_inside) {
-      remove_far<T>(ring[pass], args.scale, args.reach);
+      remove_far<T>(ring[pass], args.scale, args.reach, [](int, float2, float) {});
       pixel_weights<T>(ring[pass], args.scale, WeightFrame(to, rx, ry));
     } else {
       store_no_weights(to);
@@ -186,6 +205,10 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     if (lane == 0 && has_input) {
       window::store_box(maps.grad_input, stage, group * D, u_x, u_y, n);
       window::store_commit();
+    }
+    if (SUMS) {
+      sum_input_gradient<T, D, kPitch>(args, stage, region_b, window_slot + 2 * kPitch + 2, far_share,
+                                       args.sums + int64_t{unit} * kSumRow<D>, u_x, u_y, lane);
     }
     // Here registers are free.
     if (group == args.groups - 1) clear_padding<uint16_t>(args, n, u_x - args.shift_x, u_y - args.shift_y, lane);

@@ -31,8 +31,13 @@ bool backward_window_applies(const Params& p) {
   return backward::count_blocks(p, backward::choose_tile(p)) < int64_t{1} << 30 && device_fits(p);
 }
 
-// Of every unit of 32 pixels and one group: a flag, and 16 bits a pixel.
-int64_t backward_window_workspace(const Params& p) { return 65 * backward::count_units(p, backward::choose_tile(p)); }
+int64_t backward_window_workspace(const Params& p, bool with_sums) {
+  return backward::Workspace(p, backward::choose_tile(p), with_sums).bytes;
+}
+
+bool backward_window_sums(const Params& p) {
+  return p.dtype != DCNGEN_FLOAT32 && p.batch > 0 && p.height_in > 0 && p.width_in > 0;
+}
 
 cudaError_t backward_window(const BackwardArgs& args, cudaStream_t stream) {
   const void* pointers[] = {args.grad_output, args.input, args.offset_mask, args.grad_input, args.grad_offset_mask};

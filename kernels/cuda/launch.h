@@ -37,6 +37,7 @@ struct BackwardArgs {
   const void* offset_mask;
   void* grad_input;
   void* grad_offset_mask;
+  float* grad_sums;  // may be null: not computed
   void* workspace;
 };
 
@@ -144,7 +145,8 @@ cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);
 bool forward_projected_applies(const Params& p);
 cudaError_t forward_projected(const ProjectedArgs& args, cudaStream_t stream);
 bool backward_window_applies(const Params& p);
-int64_t backward_window_workspace(const Params& p);
+int64_t backward_window_workspace(const Params& p, bool with_sums);
+bool backward_window_sums(const Params& p);  // whether it has them
 cudaError_t backward_window(const BackwardArgs& args, cudaStream_t stream);
 
 }  // namespace dcngen

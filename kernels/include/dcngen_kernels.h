@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define DCNGEN_ABI_VERSION 1
+#define DCNGEN_ABI_VERSION 2
 
 typedef enum { DCNGEN_FLOAT32 = 0, DCNGEN_FLOAT16 = 1, DCNGEN_BFLOAT16 = 2 } dcngen_dtype;
 
@@ -76,10 +76,13 @@ DCNGEN_API int dcngen_cuda_dcnv4_projected_applies(const dcngen_dcnv4_params* pa
 DCNGEN_API int dcngen_cuda_dcnv4_forward_projected(const dcngen_dcnv4_params* params, const void* input,
                                                    const void* offset_mask, const void* weight, const void* bias,
                                                    void* output, void* projected, int device, void* stream);
-DCNGEN_API int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params);
+/* grad_sums: NULL, or, where backward_has_sums is 1, room for the sums of both gradients over all pixels:
+ * offset_mask_channels floats for grad_offset_mask, then groups * group_channels for grad_input. */
+DCNGEN_API int dcngen_cuda_dcnv4_backward_has_sums(const dcngen_dcnv4_params* params);
+DCNGEN_API int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params, int with_sums);
 DCNGEN_API int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* grad_output, const void* input,
                                           const void* offset_mask, void* grad_input, void* grad_offset_mask,
-                                          void* workspace, int device, void* stream);
+                                          float* grad_sums, void* workspace, int device, void* stream);
 
 #ifdef __cplusplus
 }

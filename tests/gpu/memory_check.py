@@ -43,6 +43,10 @@ def operator_cases() -> Iterator[Case]:
         geometry = Geometry(2, 13, 21, 3, group_channels)
         yield f"deterministic {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_reproducibly(g, d, s)
         yield f"not finite {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s, not_finite=True)
+    # Enough images and groups for the gradients' sums; in the second, several images a block.
+    sums = [(43, 9, 10), (400, 5, 4)]
+    for dtype, group_channels, size, std in product(DTYPES[1:], [16, 32, 64], sums, [0.2, 0.3, 3.0]):
+        geometry = Geometry(*size, 3, group_channels)
         yield f"packed {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_packed(g, d, s)
 
 
@@ -88,13 +92,14 @@ def call_reproducibly(geometry: Geometry, dtype: torch.dtype, std: float) -> Non
 
 def call_packed(geometry: Geometry, dtype: torch.dtype, std: float) -> None:
     value, offset_mask, grad = make(geometry, dtype, offset_std=std)
-    packed = torch.cat([value, offset_mask], -1).requires_grad_()
-    dcnv4_packed(packed, channels=value.shape[-1], **geometry.options).backward(grad)
+    packed = torch.cat([offset_mask, value], -1).requires_grad_()
+    bias = torch.zeros_like(packed[0, 0, 0], requires_grad=True)
+    dcnv4_packed(packed, bias, channels=value.shape[-1], **geometry.options).backward(grad)
 
 
 def call_projected(geometry: Geometry, dtype: torch.dtype, std: float, save_output: bool) -> None:
     value, offset_mask, _ = make(geometry, dtype, offset_std=std)
-    packed, weight = torch.cat([value, offset_mask], -1), torch.randn(128, 128, device="cuda").to(dtype)
+    packed, weight = torch.cat([offset_mask, value], -1), torch.randn(128, 128, device="cuda").to(dtype)
     options = {name: geometry.options[name] for name in ("groups", "offset_scale")}
     with torch.set_grad_enabled(save_output):
         projected.dcnv4_packed_linear(packed.requires_grad_(save_output), weight, weight[0], channels=128, **options)

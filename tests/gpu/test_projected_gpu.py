@@ -20,12 +20,12 @@ def _needs_the_kernel(monkeypatch):
 
 
 def inputs(geometry: Geometry, dtype: torch.dtype, *, offset_std: float = 0.2, bias: bool = True):
-    """packed, weight, bias and a gradient; what follows the used channels of packed is NaN."""
+    """packed, weight, bias and a gradient; the padding of packed is NaN."""
     value, offset_mask, grad = make(geometry, dtype, offset_std=offset_std)
     channels = geometry.groups * geometry.group_channels
     weight = (torch.randn(channels, channels, device="cuda") / channels**0.5).to(dtype)
     return (
-        torch.cat([value, offset_mask], -1),
+        torch.cat([offset_mask, value], -1),
         weight,
         torch.randn(channels, device="cuda").to(dtype) if bias else None,
         grad,
@@ -37,7 +37,7 @@ def call(geometry: Geometry, packed, weight, bias, save_output: bool):
     channels = geometry.groups * geometry.group_channels
     for _ in range(2):
         torch.full((*packed.shape[:3], channels), float("nan"), device="cuda", dtype=packed.dtype)
-    parts = packed[..., :channels], packed[..., channels:]
+    parts = packed[..., -channels:], packed[..., :-channels]
     scalars = (3, 3, 1, 1, 1, 1, 1, 1, geometry.groups, geometry.offset_scale, False, False)
     plan, *_ = launch.prepare(*parts, None, scalars)
     assert launch._projects(native.cuda_library(), plan, *parts, weight, bias)
@@ -68,7 +68,7 @@ def test_against_float64(dtype, group_channels, size, offset_std):
     """Deviations of 0.3 and 0.45 have few far samples, 1 and 8 many: all three ways through the kernel, mixed."""
     geometry = Geometry(*size, 128 // group_channels, group_channels)
     packed, weight, bias, grad = inputs(geometry, dtype, offset_std=offset_std)
-    exact = reference(geometry, packed[..., :128], packed[..., 128:], grad)[0].detach()
+    exact = reference(geometry, packed[..., -128:], packed[..., :-128], grad)[0].detach()
     with_output, output = call(geometry, packed, weight, bias, True)
     alone, nothing = call(geometry, packed, weight, bias, False)
     assert nothing.numel() == 0
@@ -83,7 +83,7 @@ def test_against_float64(dtype, group_channels, size, offset_std):
 def test_places_that_do_not_count():
     geometry = Geometry(3, 9, 10, 4, 32)
     packed, weight, _, _ = inputs(geometry, torch.bfloat16)
-    offset_mask = packed[..., 128 : 128 + 27 * 4]
+    offset_mask = packed[..., : 27 * 4]
     offset_mask[0, 2:5, :, 3] = float("nan")
     offset_mask[1, :, 4, 0:18:2] = float("inf")
     offset_mask[2, 0, 0, 31] = -1e30

@@ -155,7 +155,7 @@ def test_fused_projections_change_nothing(randomize):
 def test_fused_projections_are_one_product(channels, group, width):
     """Wide ones are rounded up to 64: torch.compile pads such rows, and copies what does not fit."""
     module = DCNv4(channels, group=group, fuse_projections=True)
-    packed = module._project_at_once(torch.randn(1, 2, 2, channels))
+    packed, _ = module._project_at_once(torch.randn(1, 2, 2, channels))
     assert packed.shape == (1, 2, 2, width) and packed.is_contiguous()
 
 

@@ -269,7 +269,7 @@ def test_export_keeps_the_operator(make_inputs):
 
 def test_autocast_leaves_float64_alone(make_inputs):
     input, offset_mask = make_inputs(1, 4, 5, 2, 4)
-    packed = torch.cat([input, offset_mask], -1)
+    packed = torch.cat([offset_mask, input], -1)
     with torch.autocast("cpu", torch.bfloat16), dcngen.ops.backend("reference"):
         assert dcnv4(input, offset_mask, groups=2).dtype == torch.float64
         assert dcngen.ops.dcnv4_packed(packed, channels=8, groups=2).dtype == torch.float64

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dcngen.ops
@@ -26,10 +27,10 @@ def forced(request):
 
 
 def make(width=USED + 6, dtype=torch.float32, seed=0):
-    """(2, 5, 6, width); what follows the used channels is NaN. Offsets on a lattice that every dtype holds exactly."""
+    """(2, 5, 6, width); what lies between the two parts is NaN. Offsets on a lattice that every dtype holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     packed = (torch.randn(2, 5, 6, width, generator=generator) * 16).round() / 16
-    packed[..., USED:] = float("nan")
+    packed[..., USED - CHANNELS : width - CHANNELS] = float("nan")
     return packed.to(dtype)
 
 
@@ -45,14 +46,15 @@ def test_equals_two_tensors(forced, width, dtype):
     packed = make(width, dtype)
     grad = torch.randn(2, 5, 6, CHANNELS).to(dtype)
     output, gradient = gradients(packed, grad)
-    parts = [packed[..., :CHANNELS].contiguous(), packed[..., CHANNELS:USED].contiguous()]
+    parts = [packed[..., -CHANNELS:].contiguous(), packed[..., : USED - CHANNELS].contiguous()]
     parts = [part.requires_grad_() for part in parts]
     expected = dcnv4(*parts, groups=GROUPS)
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
-    of_parts = torch.cat(torch.autograd.grad(expected, parts, grad), -1)
-    torch.testing.assert_close(gradient[..., :USED], of_parts, rtol=0, atol=0)
+    of_input, of_offset_mask = torch.autograd.grad(expected, parts, grad)
+    torch.testing.assert_close(gradient[..., -CHANNELS:], of_input, rtol=0, atol=0)
+    torch.testing.assert_close(gradient[..., : USED - CHANNELS], of_offset_mask, rtol=0, atol=0)
     assert gradient.is_contiguous() and gradient.shape == packed.shape
-    assert (gradient[..., USED:] == 0).all()
+    assert (gradient[..., USED - CHANNELS : width - CHANNELS] == 0).all()
 
 
 def test_layouts_that_are_copied(forced):
@@ -68,6 +70,59 @@ def test_opcheck(forced):
     grad = torch.randn(2, 5, 6, CHANNELS)
     arguments = (grad, packed.detach(), CHANNELS, *SCALARS)
     torch.library.opcheck(torch.ops.dcngen.dcnv4_packed_backward.default, arguments)
+
+
+def projected_twice(function):
+    """Output of the operator behind a linear, with its bias as usual and with `packed_bias`."""
+
+    def usual(x, weight, bias):
+        return function(F.linear(x, weight, bias), channels=CHANNELS, groups=GROUPS)
+
+    def by_the_operator(x, weight, bias):
+        return function(F.linear(x, weight, bias.detach()), bias, channels=CHANNELS, groups=GROUPS)
+
+    return usual, by_the_operator
+
+
+@pytest.mark.parametrize("function", [dcnv4_packed, dcnv4_packed_reference])
+def test_packed_bias_takes_the_gradient_of_a_bias(forced, function):
+    arguments = [torch.randn(shape).requires_grad_() for shape in ((2, 5, 6, 7), (USED, 7), (USED,))]
+    usual, by_the_operator = (f(*arguments) for f in projected_twice(function))
+    torch.testing.assert_close(by_the_operator, usual, rtol=0, atol=0)
+    grad = torch.randn_like(usual)
+    for got, expected in zip(*(torch.autograd.grad(y, arguments, grad) for y in (by_the_operator, usual)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_packed_bias_alone_and_in_lower_precision(forced):
+    packed, bias = make(USED + 2, torch.bfloat16), torch.zeros(USED + 2, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 5, 6, CHANNELS).bfloat16()
+    expected = gradients(packed, grad)[1].float().sum((0, 1, 2)).bfloat16()
+    output = dcnv4_packed(packed, bias, channels=CHANNELS, groups=GROUPS)
+    torch.testing.assert_close(torch.autograd.grad(output, bias, grad)[0], expected, rtol=0, atol=0)
+
+
+def test_opcheck_with_packed_bias(forced):
+    packed, bias = make(USED), torch.randn(USED, requires_grad=True)
+    arguments = (packed.requires_grad_(), CHANNELS, *SCALARS, bias)
+    torch.library.opcheck(torch.ops.dcngen.dcnv4_packed.default, arguments)
+    arguments = (torch.randn(2, 5, 6, CHANNELS), packed.detach(), CHANNELS, *SCALARS)
+    torch.library.opcheck(torch.ops.dcngen.dcnv4_packed_backward_with_sums.default, arguments)
+
+
+def test_second_derivatives_with_packed_bias():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        (torch.randn(shape, generator=generator, dtype=torch.float64) / 4).requires_grad_()
+        for shape in ((1, 2, 3, 3), (USED, 3), (USED,))
+    )
+    usual, by_the_operator = projected_twice(dcnv4_packed)
+    both = []
+    for function in (usual, by_the_operator):
+        found = torch.autograd.grad(function(x, weight, bias).pow(2).sum(), (x, weight, bias), create_graph=True)
+        both.append((*found, *torch.autograd.grad(sum(g.pow(2).sum() for g in found), (x, weight))))
+    for got, expected in zip(*both, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_second_derivatives():
@@ -106,7 +161,7 @@ def test_autocast(forced):
 
 def test_the_reference_is_the_same_function():
     packed = make(USED, torch.float64)
-    expected = dcnv4(packed[..., :CHANNELS], packed[..., CHANNELS:USED], groups=GROUPS, softmax=True)
+    expected = dcnv4(packed[..., -CHANNELS:], packed[..., :-CHANNELS], groups=GROUPS, softmax=True)
     got = dcnv4_packed_reference(packed, channels=CHANNELS, groups=GROUPS, softmax=True)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -115,9 +170,10 @@ def test_the_reference_is_the_same_function():
     "change, error, message",
     [
         ({"packed": "no tensor"}, TypeError, "packed: expected a torch.Tensor, got str"),
-        ({"packed": torch.zeros(2, 5, 6, USED - 1)}, ValueError, f"at least {CHANNELS} . 54 channels"),
+        ({"packed": torch.zeros(2, 5, 6, USED - 1)}, ValueError, f"at least 54 . {CHANNELS} channels"),
         ({"packed": torch.zeros(5, 6, USED)}, ValueError, r"got \(5, 6, 62\)"),
         ({"stride": 2}, ValueError, "keeps the map's size"),
+        ({"packed_bias": torch.zeros(USED)}, ValueError, rf"expected the shape \({USED + 6},\).*got \({USED},\)"),
         ({"padding": 0}, ValueError, "use dcnv4 with two tensors"),
         ({"channels": 7, "packed": torch.zeros(2, 5, 6, USED)}, ValueError, "groups=2 divides"),
         ({"groups": 2.0}, TypeError, "groups: expected an int"),

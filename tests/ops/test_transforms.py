@@ -23,12 +23,12 @@ def separate(offset_mask):
 
 
 def packed(offset_mask):
-    return lambda x: dcnv4_packed(torch.cat([x, offset_mask], -1), channels=CHANNELS, groups=GROUPS)
+    return lambda x: dcnv4_packed(torch.cat([offset_mask, x], -1), channels=CHANNELS, groups=GROUPS)
 
 
 def packed_linear(offset_mask):
     weight = torch.eye(CHANNELS)
-    return lambda x: dcnv4_packed_linear(torch.cat([x, offset_mask], -1), weight, channels=CHANNELS, groups=GROUPS)
+    return lambda x: dcnv4_packed_linear(torch.cat([offset_mask, x], -1), weight, channels=CHANNELS, groups=GROUPS)
 
 
 ALL = pytest.mark.parametrize("make", [separate, packed, packed_linear])
