@@ -1,4 +1,4 @@
-"""dcnv4 of one tensor that holds input and offset_mask side by side, and whose gradient is one tensor again.
+"""dcnv4 of one tensor that holds offset_mask and input side by side, and whose gradient is one tensor again.
 
 Where one matrix product makes both, its backward wants both gradients in one buffer. With two tensors they would be
 concatenated first: a pass over memory as long as a third of the operator's own backward. And the product's bias wants
@@ -80,7 +80,7 @@ def dcnv4_packed(
         geometry = geometry_of(scalars)
         packed = with_bias_gradient(*as_autocast(packed, packed_bias))
         return reference_forward(*split_packed(packed, channels, geometry), geometry)
-    if torch.compiler.is_compiling() or not is_plain_eager(packed, packed):
+    if torch.compiler.is_compiling() or not is_plain_eager(packed, packed if packed_bias is None else packed_bias):
         return _forward_op(packed, channels, *scalars, packed_bias)
     if torch.is_grad_enabled() and (packed.requires_grad or (packed_bias is not None and packed_bias.requires_grad)):
         return _EagerPacked.apply(packed, packed_bias, channels, scalars)

@@ -90,7 +90,7 @@ def dcnv4_packed_linear(
             softmax=softmax,
         )
         return F.linear(output, weight, bias)
-    if torch.compiler.is_compiling() or not is_plain_eager(packed, weight):
+    if torch.compiler.is_compiling() or not all(is_plain_eager(packed, t) for t in tensors[1:] if t is not None):
         return _op(packed, weight, bias, channels, needs_grad, *scalars, packed_bias)[0]
     if needs_grad:
         return _EagerLinear.apply(*tensors, channels, scalars)

@@ -1,5 +1,7 @@
 """dcnv4 of one tensor with input and offset_mask side by side: the same function as with two."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dcngen.ops
 from dcngen.ops import NativeLibraryError, dcnv4, dcnv4_packed, dcnv4_packed_reference, native
+from dcngen.ops import packed as packed_operator
 
 pytestmark = pytest.mark.filterwarnings("ignore::dcngen.ops.FallbackWarning")
 
@@ -100,6 +103,35 @@ def test_packed_bias_alone_and_in_lower_precision(forced):
     expected = gradients(packed, grad)[1].float().sum((0, 1, 2)).bfloat16()
     output = dcnv4_packed(packed, bias, channels=CHANNELS, groups=GROUPS)
     torch.testing.assert_close(torch.autograd.grad(output, bias, grad)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"is_cuda": False},
+        {"dtype": torch.float32},
+        {"width": 1412},
+        {"channels": 384},
+        {"size": 4},
+        {"stride": 2},
+        {"dilation": 2},
+        {"softmax": True},
+        {"device_has": False},
+    ],
+)
+def test_where_the_kernels_have_the_sums(monkeypatch, changes):
+    """Elsewhere the sum stands outside the operator, where torch.compile makes its own kernel of it."""
+    monkeypatch.setattr(packed_operator, "_device_has_sums", lambda _: changes.get("device_has", True))
+    packed = SimpleNamespace(
+        is_cuda=changes.get("is_cuda", True),
+        dtype=changes.get("dtype", torch.bfloat16),
+        device=torch.device("cuda", 0),
+        shape=(2, *[changes.get("size", 5)] * 2, changes.get("width", 1408)),
+    )
+    stride, dilation = changes.get("stride", 1), changes.get("dilation", 1)
+    scalars = (3, 3, stride, stride, 1, 1, dilation, dilation, 16, 1.0, False, changes.get("softmax", False))
+    assert packed_operator._kernels_have_sums(packed, changes.get("channels", 512), scalars) == (not changes)
 
 
 def test_opcheck_with_packed_bias(forced):
