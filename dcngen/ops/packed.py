@@ -203,18 +203,29 @@ def packed_gradients(grad_output, packed, packed_bias, channels: int, scalars):
 
 def _kernels_have_sums(packed: torch.Tensor, channels: int, scalars) -> bool:
     """Whether the backward leaves the sums of its gradients; the launch asks the library once more."""
-    *window, groups, _, remove_center, softmax = scalars
+    groups = scalars[8]
+    return (
+        for_window_kernels(packed, scalars)
+        and channels // groups in (16, 32, 64)
+        and packed.shape[3] % 8 == 0
+        and _device_has_sums(packed.device.index)
+    )
+
+
+def for_window_kernels(packed: torch.Tensor, scalars) -> bool:
+    """Whether the tensor and the window are what the CUDA kernels of half types for larger maps take.
+
+    That is 3x3, stride 1, dilation 1, masks as they are, and a map that has no kernels of its own.
+    """
+    *window, _groups, _offset_scale, remove_center, softmax = scalars
     return (
         packed.is_cuda
         and packed.dtype in (torch.bfloat16, torch.float16)
-        and channels // groups in (16, 32, 64)
-        and packed.shape[3] % 8 == 0
         and max(packed.shape[1:3]) > SMALL_MAP
         and list(window[:4]) == [3, 3, 1, 1]
         and list(window[6:]) == [1, 1]
         and not remove_center
         and not softmax
-        and _device_has_sums(packed.device.index)
     )
 
 

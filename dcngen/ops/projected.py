@@ -21,7 +21,14 @@ from .dcnv4 import (
     scalars_of,
 )
 from .geometry import split_packed
-from .packed import SMALL_MAP, check_packed_bias, dcnv4_packed, gradients_of, packed_gradients, with_bias_gradient
+from .packed import (
+    check_packed_bias,
+    dcnv4_packed,
+    for_window_kernels,
+    gradients_of,
+    packed_gradients,
+    with_bias_gradient,
+)
 from .plan import geometry_of
 from .reference import reference_forward
 
@@ -99,19 +106,13 @@ def dcnv4_packed_linear(
 
 def _is_one_kernel(packed: torch.Tensor, weight: torch.Tensor, channels: int, scalars) -> bool:
     """Whether one kernel computes both and is faster; the launch asks the library once more about strides."""
-    *window, groups, _, remove_center, softmax = scalars
+    groups = scalars[8]
     return (
-        packed.is_cuda
-        and packed.dtype in (torch.bfloat16, torch.float16)
+        for_window_kernels(packed, scalars)
         and channels == 128
         and groups in (2, 4)
         and tuple(weight.shape) == (channels, channels)
         and packed.numel() // packed.shape[-1] >= LEAST_PIXELS
-        and max(packed.shape[1:3]) > SMALL_MAP  # those have a faster operator, without the product
-        and window[:4] == [3, 3, 1, 1]
-        and window[6:] == [1, 1]
-        and not remove_center
-        and not softmax
         and _device_has_kernel(packed.device.index)
     )
 
