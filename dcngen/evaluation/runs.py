@@ -181,7 +181,7 @@ def _custom_flops() -> dict:
     """Rules for torch's flop counter: our operators' shapes to operations."""
 
     def of_taps(out_shape, scalars) -> int:
-        kernel_h, kernel_w, remove_center = *scalars[:2], scalars[10]
+        kernel_h, kernel_w, *_, remove_center, _softmax = scalars[:SCALAR_COUNT]  # packed_bias may follow
         return 8 * math.prod(out_shape) * (kernel_h * kernel_w - (1 if remove_center else 0))
 
     def separate(input_shape, offset_mask_shape, *scalars, out_shape=None, **_) -> int:
@@ -196,6 +196,8 @@ def _custom_flops() -> dict:
 
     if not hasattr(torch.ops, "dcngen") or not hasattr(torch.ops.dcngen, "dcnv4"):
         return {}
+    from dcngen.ops.dcnv4 import SCALAR_COUNT
+
     operators = torch.ops.dcngen
     return {
         operators.dcnv4: separate,

@@ -24,7 +24,7 @@ from .dcnv4 import (
 )
 from .geometry import split_packed
 from .plan import geometry_of
-from .reference import reference_forward
+from .reference import reference_forward, with_bias_gradient
 
 SMALL_MAP = 4  # pixels a side: kSide of kernels/cuda/small_map.cuh
 
@@ -94,11 +94,6 @@ def check_packed_bias(packed: torch.Tensor, packed_bias: torch.Tensor | None) ->
             f"packed_bias: expected the shape ({packed.shape[-1]},), a number for each channel of packed, "
             f"got {tuple(packed_bias.shape)}"
         )
-
-
-def with_bias_gradient(packed: torch.Tensor, packed_bias: torch.Tensor | None) -> torch.Tensor:
-    """packed, but so that packed_bias takes part in its derivatives."""
-    return packed if packed_bias is None else packed + (packed_bias - packed_bias.detach())
 
 
 def _forward(packed: torch.Tensor, channels: int, *scalars) -> torch.Tensor:

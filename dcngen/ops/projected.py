@@ -27,10 +27,9 @@ from .packed import (
     for_window_kernels,
     gradients_of,
     packed_gradients,
-    with_bias_gradient,
 )
 from .plan import geometry_of
-from .reference import reference_forward
+from .reference import reference_forward, with_bias_gradient
 
 library.define(
     f"dcnv4_packed_linear(Tensor packed, Tensor weight, Tensor? bias, int channels, bool save_output, {SCALARS}, "

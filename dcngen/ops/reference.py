@@ -57,9 +57,12 @@ def dcnv4_packed_reference(
 ) -> torch.Tensor:
     """`dcnv4_reference` of the two parts of one tensor; see `dcnv4_packed`."""
     geometry = make_geometry(groups=groups, **options)
-    if packed_bias is not None:
-        packed = packed + (packed_bias - packed_bias.detach())
-    return reference_forward(*split_packed(packed, channels, geometry), geometry)
+    return reference_forward(*split_packed(with_bias_gradient(packed, packed_bias), channels, geometry), geometry)
+
+
+def with_bias_gradient(packed: torch.Tensor, packed_bias: torch.Tensor | None) -> torch.Tensor:
+    """packed, but so that packed_bias takes part in its derivatives."""
+    return packed if packed_bias is None else packed + (packed_bias - packed_bias.detach())
 
 
 def dcnv4_packed_linear_reference(

@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
   const uint32_t offset_mask_stage =
       region_a + Shape::kWarps * Shape::kInputStage + warp * Shape::kOffsetMaskStage;
   const uint32_t unit = blockIdx.x * Shape::kWarps + warp;  // there are fewer than 2^30 blocks
+  const auto row_of_sums = [&] { return SUMS ? args.sums + int64_t{unit} * kSumRow<D> : nullptr; };
   float far_share = 0.f;
   if (active) {
     const int px = u_x0 - 2 + x, py = u_y0 - 2 + y;  // the pixel's u
@@ -164,8 +165,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
                         py < args.height_out + args.shift_y;
     unsigned far = remove_far<T>(om, args.scale, args.reach, [&](int k, float2 d, float mask) {
       if (!SUMS) return;
-      const float on_map =
-          share_on_map(px + k / 3 - 1 + d.x, py + k % 3 - 1 + d.y, args.width_in, args.height_in);
+      const float on_map = share_on_map(px + k / 3 - 1 + d.x, py + k % 3 - 1 + d.y, args.width_in, args.height_in);
       if (on_map > 0.f) far_share = fmaf(mask, on_map, far_share);
     });
     if (!inside) far = 0, far_share = 0.f;
@@ -173,10 +173,10 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     pixel_gradients<T>(om, products, px, py, args.scale, offset_mask_stage + 56 * lane,
                        WeightFrame(region_c + 96 * slot, x, y));
     __syncwarp();
-    write_offset_mask<T, D, SUMS>(args, offset_mask_stage, n, group, u_x, u_y, lane, args.sums + int64_t{unit} * kSumRow<D>, some_far);
+    write_offset_mask<T, D, SUMS>(args, offset_mask_stage, n, group, u_x, u_y, lane, row_of_sums(), some_far);
   } else {
     if (lane == 0) args.far_units[unit] = 0;
-    if (SUMS) store_no_sums<D>(args.sums + int64_t{unit} * kSumRow<D>, lane);
+    if (SUMS) store_no_sums<D>(row_of_sums(), lane);
     store_no_weights(region_c + 96 * slot);
   }
 #pragma unroll
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(TileShape<D, UNITS_X, UNITS_Y>::kThreads, Tile
     }
     if (SUMS) {
       sum_input_gradient<T, D, kPitch>(args, stage, region_b, window_slot + 2 * kPitch + 2, far_share,
-                                       args.sums + int64_t{unit} * kSumRow<D>, u_x, u_y, lane);
+                                       row_of_sums(), u_x, u_y, lane);
     }
     // Here registers are free.
     if (group == args.groups - 1) clear_padding<uint16_t>(args, n, u_x - args.shift_x, u_y - args.shift_y, lane);
