@@ -6,7 +6,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dcngen.ops import dcnv4, dcnv4_packed, dcnv4_packed_linear, offset_mask_channels
+from dcngen.ops import (
+    dcnv4,
+    dcnv4_packed,
+    dcnv4_packed_linear,
+    has_linear_kernels,
+    linear,
+    offset_mask_channels,
+)
 from dcngen.ops.geometry import make_geometry
 
 
@@ -229,8 +236,9 @@ class DCNv4(nn.Module):
         weight, bias = torch.cat(weights), torch.cat(biases)
         x = x.contiguous()  # of a view in another order torch.compile makes a product and a pass that adds the bias
         # With center_feature_scale the value has a gradient that the operator does not see.
-        if self.center_feature_scale or not (torch.is_grad_enabled() and bias.requires_grad):
-            return F.linear(x, weight, bias), None
+        wants_sums = torch.is_grad_enabled() and bias.requires_grad and not self.center_feature_scale
+        if has_linear_kernels(x, weight) or not wants_sums:
+            return linear(x, weight, bias), None
         return F.linear(x, weight, bias.detach()), bias
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

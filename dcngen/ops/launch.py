@@ -74,7 +74,7 @@ def forward_cuda(input: torch.Tensor, offset_mask: torch.Tensor, scalars: tuple)
         device,
         torch._C._cuda_getCurrentRawStream(device),
     ):
-        raise _cuda_error(library, device)
+        raise cuda_error(library, device)
     return output
 
 
@@ -109,7 +109,7 @@ def _backward_cuda(
     library = native_library("cuda", input.dtype)
     if library is None:
         return _backward_reference(grad_output, input, offset_mask, scalars, into), None
-    grad_output, input, offset_mask = _aligned(grad_output), _aligned(input), _aligned(offset_mask)
+    grad_output, input, offset_mask = aligned(grad_output), aligned(input), aligned(offset_mask)
     plan, input, offset_mask, grad_output = prepare(input, offset_mask, grad_output, scalars, into)
     gradients = into or (input.new_empty(input.shape), offset_mask.new_empty(offset_mask.shape))
     device = input.get_device()
@@ -132,7 +132,7 @@ def _backward_cuda(
         device,
         torch._C._cuda_getCurrentRawStream(device),
     ):
-        raise _cuda_error(library, device)
+        raise cuda_error(library, device)
     return gradients, sums
 
 
@@ -142,7 +142,7 @@ def _ask_about_backward(library: ctypes.CDLL, plan: Plan, device: int) -> None:
         size = library.dcngen_cuda_dcnv4_backward_workspace_size
         without, with_sums = size(plan.address, 0), size(plan.address, 1)
     if min(without, with_sums) < 0:
-        raise _cuda_error(library, device)
+        raise cuda_error(library, device)
     plan.workspace_bytes = without, with_sums
 
 
@@ -202,7 +202,7 @@ def forward_projected(
                 device,
                 torch._C._cuda_getCurrentRawStream(device),
             ):
-                raise _cuda_error(library, device)
+                raise cuda_error(library, device)
             return projected, output
     output = forward(input, offset_mask, scalars)
     return F.linear(output, weight, bias), output if save_output else output.new_empty(0)
@@ -244,12 +244,12 @@ def _params_that_fit() -> DCNv4Params:
     return params
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or a copy where it does not begin on the 16 bytes that the copy engine of the backward needs."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _cuda_error(library: ctypes.CDLL, device: int) -> RuntimeError:
+def cuda_error(library: ctypes.CDLL, device: int) -> RuntimeError:
     message = library.dcngen_cuda_last_error().decode()
     major, minor = torch.cuda.get_device_capability(device)
     compiled = library.dcngen_cuda_architectures().decode()

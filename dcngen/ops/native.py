@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import dcngen
 
-ABI_VERSION = 2  # DCNGEN_ABI_VERSION of kernels/include/dcngen_kernels.h
+ABI_VERSION = 3  # DCNGEN_ABI_VERSION of kernels/include/dcngen_kernels.h
 LIBRARY_DIR_VARIABLE = "DCNGEN_LIBRARY_DIR"
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_LINEAR = [_INT64, _INT32, _INT32, _INT32, ctypes.c_int]  # rows, in_features, out_features, dtype, device
 
 
 class NativeLibraryError(RuntimeError):
@@ -77,6 +78,9 @@ _SIGNATURES = {
         "dcngen_cuda_dcnv4_backward_has_sums": (ctypes.c_int, [_POINTER]),
         "dcngen_cuda_dcnv4_backward_workspace_size": (_INT64, [_POINTER, ctypes.c_int]),
         "dcngen_cuda_dcnv4_backward": (ctypes.c_int, [_POINTER] * 8 + [ctypes.c_int, _POINTER]),
+        "dcngen_cuda_linear_parts": (ctypes.c_int, _LINEAR),
+        "dcngen_cuda_linear_forward": (ctypes.c_int, [*[_POINTER] * 4, *_LINEAR, _POINTER]),
+        "dcngen_cuda_linear_backward": (ctypes.c_int, [*[_POINTER] * 4, *_LINEAR, _POINTER]),
     },
 }
 

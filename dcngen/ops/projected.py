@@ -21,6 +21,7 @@ from .dcnv4 import (
     scalars_of,
 )
 from .geometry import split_packed
+from .linear_layer import linear, linear_gradients
 from .packed import (
     check_packed_bias,
     dcnv4_packed,
@@ -95,7 +96,7 @@ def dcnv4_packed_linear(
             remove_center=remove_center,
             softmax=softmax,
         )
-        return F.linear(output, weight, bias)
+        return linear(output, weight, bias)
     if torch.compiler.is_compiling() or not all(is_plain_eager(packed, t) for t in tensors[1:] if t is not None):
         return _op(packed, weight, bias, channels, needs_grad, *scalars, packed_bias)[0]
     if needs_grad:
@@ -163,17 +164,17 @@ def _gradients(ctx, grad, wanted):
         return gradients_of(result, [t if want else None for t, want in zip(tensors, wanted, strict=True)], grad)
     if output.dim() == 1:  # of a call that did not expect a backward
         output = torch.ops.dcngen.dcnv4_packed.default(packed, ctx.channels, *ctx.scalars)
-    flat = grad.flatten(0, 2)
     of_packed = of_weight = of_bias = of_packed_bias = None
     if wanted[0] or wanted[3]:
-        of_output = (flat @ weight).view(output.shape).to(packed.dtype)  # a backward under autocast chooses its own
+        of_output, of_bias = linear_gradients(grad, weight, wanted[2])
+        of_output = of_output.to(packed.dtype)  # a backward under autocast chooses its own
         of_packed, of_packed_bias = packed_gradients(
             of_output, packed, packed_bias if wanted[3] else None, ctx.channels, ctx.scalars
         )
+    elif wanted[2]:
+        of_bias = grad.flatten(0, 2).sum(0)
     if wanted[1]:
-        of_weight = flat.t() @ output.flatten(0, 2)
-    if wanted[2]:
-        of_bias = flat.sum(0)
+        of_weight = grad.flatten(0, 2).t() @ output.flatten(0, 2)
     return of_packed, of_weight, of_bias, of_packed_bias
 
 

@@ -142,4 +142,30 @@ int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* gr
   return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 backward");
 }
 
+int dcngen_cuda_linear_parts(int64_t rows, int32_t in_features, int32_t out_features, int32_t dtype, int device) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess || !linear_applies(rows, in_features, out_features, dtype)) return 0;
+  return linear_parts(in_features, out_features);
+}
+
+int dcngen_cuda_linear_forward(const void* input, const void* weight, const void* bias, void* output, int64_t rows,
+                               int32_t in_features, int32_t out_features, int32_t dtype, int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return check(guard.error(), "linear forward: selecting the device");
+  if (!linear_applies(rows, in_features, out_features, dtype)) return fail("linear forward: no kernel for these sizes");
+  const LinearArgs args{input, weight, bias, output, nullptr, rows, in_features, out_features, dtype};
+  return check(linear_forward(args, static_cast<cudaStream_t>(stream)), "linear forward");
+}
+
+int dcngen_cuda_linear_backward(const void* grad_output, const void* weight_transposed, void* grad_input,
+                                float* bias_sums, int64_t rows, int32_t in_features, int32_t out_features,
+                                int32_t dtype, int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return check(guard.error(), "linear backward: selecting the device");
+  if (!linear_applies(rows, in_features, out_features, dtype)) return fail("linear backward: no kernel for these sizes");
+  const LinearArgs args{grad_output, weight_transposed, nullptr,      grad_input, bias_sums,
+                        rows,        in_features,       out_features, dtype};
+  return check(linear_backward(args, static_cast<cudaStream_t>(stream)), "linear backward");
+}
+
 }  // extern "C"

@@ -12,19 +12,6 @@ cudaError_t forward_projected_fp16(const ProjectedArgs& args, cudaStream_t strea
 #ifdef DCNGEN_SM_90A
 namespace {
 
-// Machine code for sm_90a runs on compute capability 9.0 alone.
-bool device_is_sm_90() {
-  static NumberPerDevice known;  // 1: no, 2: yes
-  return known.get([](int device) {
-    int major = 0, minor = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-      return 0;
-    }
-    return major == 9 && minor == 0 ? 2 : 1;
-  }) == 2;
-}
-
 bool fits(const Params& p) {
   const int64_t channels = int64_t{p.groups} * p.group_channels;
   const int64_t tiles = p.batch * ((p.height_out + 7) / 8) * ((p.width_out + 7) / 8);

@@ -30,6 +30,18 @@ struct ProjectedArgs {
   void* projected;
 };
 
+// A linear layer's forward, or the backward for its input; see linear.cuh.
+struct LinearArgs {
+  const void* left;    // input or grad_output
+  const void* weight;  // transposed in the backward
+  const void* bias;    // forward; may be null
+  void* result;
+  float* sums;  // backward: of left's columns, (linear_parts, out_features)
+  int64_t rows;
+  int in_features, out_features;
+  int dtype;
+};
+
 struct BackwardArgs {
   Params p;
   const void* grad_output;
@@ -78,6 +90,19 @@ class NumberPerDevice {
   static constexpr int kDevices = 64;
   std::atomic<int> known_[kDevices] = {};
 };
+
+// Whether the current device has compute capability 9.0: machine code for sm_90a runs there alone.
+inline bool device_is_sm_90() {
+  static NumberPerDevice known;  // 1: no, 2: yes
+  return known.get([](int device) {
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+      return 0;
+    }
+    return major == 9 && minor == 0 ? 2 : 1;
+  }) == 2;
+}
 
 // Does something once for every device that calls come from; a call that failed is made again.
 class OncePerDevice {
@@ -144,6 +169,11 @@ cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);
 // forward_projected.cu: sm_90a alone.
 bool forward_projected_applies(const Params& p);
 cudaError_t forward_projected(const ProjectedArgs& args, cudaStream_t stream);
+// linear.cu: sm_90a alone.
+bool linear_applies(int64_t rows, int in_features, int out_features, int dtype);
+int linear_parts(int in_features, int out_features);  // rows of the backward's sums
+cudaError_t linear_forward(const LinearArgs& args, cudaStream_t stream);
+cudaError_t linear_backward(const LinearArgs& args, cudaStream_t stream);
 bool backward_window_applies(const Params& p);
 int64_t backward_window_workspace(const Params& p, bool with_sums);
 bool backward_window_sums(const Params& p);  // whether it has them

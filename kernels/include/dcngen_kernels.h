@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define DCNGEN_ABI_VERSION 2
+#define DCNGEN_ABI_VERSION 3
 
 typedef enum { DCNGEN_FLOAT32 = 0, DCNGEN_FLOAT16 = 1, DCNGEN_BFLOAT16 = 2 } dcngen_dtype;
 
@@ -83,6 +83,19 @@ DCNGEN_API int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_
 DCNGEN_API int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* grad_output, const void* input,
                                           const void* offset_mask, void* grad_input, void* grad_offset_mask,
                                           float* grad_sums, void* workspace, int device, void* stream);
+/* A linear layer, output (rows, out_features) = input (rows, in_features) * weight^T + bias, and its gradients but the
+ * weight's; float16 or bfloat16, all tensors contiguous, pointers to multiples of 16 bytes. bias may be NULL.
+ * linear_parts: in how many parts the backward sums; 0 where there are no kernels for these sizes on this device.
+ * weight_transposed (in_features, out_features). bias_sums (linear_parts, out_features): the bias's gradient, once its
+ * rows are added. */
+DCNGEN_API int dcngen_cuda_linear_parts(int64_t rows, int32_t in_features, int32_t out_features, int32_t dtype,
+                                        int device);
+DCNGEN_API int dcngen_cuda_linear_forward(const void* input, const void* weight, const void* bias, void* output,
+                                          int64_t rows, int32_t in_features, int32_t out_features, int32_t dtype,
+                                          int device, void* stream);
+DCNGEN_API int dcngen_cuda_linear_backward(const void* grad_output, const void* weight_transposed, void* grad_input,
+                                           float* bias_sums, int64_t rows, int32_t in_features, int32_t out_features,
+                                           int32_t dtype, int device, void* stream);
 
 #ifdef __cplusplus
 }

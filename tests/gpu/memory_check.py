@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 
-from dcngen.ops import dcnv4_packed, launch, native, projected
+from dcngen.ops import dcnv4_packed, has_linear_kernels, launch, linear, linear_layer, native, projected
 
 from . import helpers
 from .helpers import DTYPES, Geometry, make, reproducible
@@ -77,6 +77,16 @@ def projected_cases() -> Iterator[Case]:
         yield f"projected {geometry} {dtype} {std} save={save}", run
 
 
+def linear_cases() -> Iterator[Case]:
+    """The linear layer's kernels, where the device has them: one row, a tile in part, several tiles a warpgroup."""
+    one = torch.empty(1, 128, device="cuda", dtype=torch.bfloat16)
+    if not has_linear_kernels(one, one.expand(128, 128)):
+        return
+    sizes = [*product([128], [128, 192, 256, 320, 384]), (256, 256)]
+    for dtype, rows, size in product(DTYPES[1:], [1, 100, 70000], sizes):
+        yield f"linear {rows} {size} {dtype}", lambda d=dtype, r=rows, s=size: call_linear(r, *s, d)
+
+
 def call(geometry: Geometry, dtype: torch.dtype, std: float, not_finite: bool = False) -> None:
     value, offset_mask, grad = make(geometry, dtype, offset_std=std)
     if not_finite:
@@ -105,13 +115,19 @@ def call_projected(geometry: Geometry, dtype: torch.dtype, std: float, save_outp
         projected.dcnv4_packed_linear(packed.requires_grad_(save_output), weight, weight[0], channels=128, **options)
 
 
+def call_linear(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    shapes = (rows, in_features), (out_features, in_features), (out_features,)
+    input, weight, bias = (torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
+    linear(input, weight, bias).sum().backward()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="run every n-th case only")
     parser.add_argument("--only", default="", help="run cases whose name contains this")
     options = parser.parse_args()
-    projected.LEAST_PIXELS = 0
-    cases = [*operator_cases(), *many_cases(), *small_map_cases(), *projected_cases()]
+    projected.LEAST_PIXELS, linear_layer.LEAST_ROWS = 0, 1
+    cases = [*operator_cases(), *many_cases(), *small_map_cases(), *projected_cases(), *linear_cases()]
     cases = [case for case in cases if options.only in case[0]][:: options.every]
     for name, run in cases:
         try:

@@ -137,3 +137,25 @@ def test_with_the_product_after_it(monkeypatch):
     output = dcnv4_packed_linear(packed, weight, None, bias, channels=128, groups=4)
     torch.testing.assert_close(output, F.linear(dcnv4_packed(packed, channels=128, groups=4), weight))
     assert_sums(geometry, torch.autograd.grad(output, bias, grad)[0], *parts, grad, torch.float16)
+
+
+@pytest.mark.parametrize("offset_std", [0.2, 1.0])
+@pytest.mark.parametrize("group_channels", [16, 32, 64])
+def test_peak_memory_is_inputs_outputs_and_gradients(group_channels, offset_std):
+    """And 5 % of them, with the sums: the rows that the units leave of them are part of that."""
+    needs_window_backward()
+    geometry = Geometry(16, 64, 64, 128 // group_channels, group_channels)
+    packed, bias, grad, *parts = packed_case(geometry, torch.bfloat16, offset_std)
+    del parts
+    dcnv4_packed(packed, bias, channels=128, **geometry.options).backward(grad)
+    packed.grad = bias.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    dcnv4_packed(packed, bias, channels=128, **geometry.options).backward(grad)
+    torch.cuda.synchronize()
+    size = sum(t.numel() * t.element_size() for t in (packed, grad))
+    share = (torch.cuda.max_memory_allocated() - before - size) / (2 * size)
+    print(f"D = {group_channels}, deviation {offset_std}: {share:.2%} beside inputs, outputs and gradients")
+    assert share <= 0.05

@@ -1,0 +1,42 @@
+// Whether the linear layer's kernels apply to a call and its device, and their launch.
+#include "launch.h"
+
+namespace dcngen {
+
+namespace linear {
+// One file a dtype, compiled for sm_90a.
+cudaError_t forward_bf16(const LinearArgs& args, cudaStream_t stream);
+cudaError_t forward_fp16(const LinearArgs& args, cudaStream_t stream);
+cudaError_t backward_bf16(const LinearArgs& args, cudaStream_t stream);
+cudaError_t backward_fp16(const LinearArgs& args, cudaStream_t stream);
+int sum_rows(int in_features, int out_features);
+}  // namespace linear
+
+#ifdef DCNGEN_SM_90A
+bool linear_applies(int64_t rows, int in_features, int out_features, int dtype) {
+  // The weight, and two warpgroups at least, fit a multiprocessor's shared memory.
+  const bool fits = (in_features == 128 && out_features % 64 == 0 && out_features >= 128 && out_features <= 384) ||
+                    (in_features == 256 && out_features == 256);
+  return fits && rows > 0 && rows < int64_t{1} << 31 && (dtype == DCNGEN_FLOAT16 || dtype == DCNGEN_BFLOAT16) &&
+         device_is_sm_90();
+}
+
+int linear_parts(int in_features, int out_features) { return linear::sum_rows(in_features, out_features); }
+
+cudaError_t linear_forward(const LinearArgs& args, cudaStream_t stream) {
+  if (!aligned16(args.left) || !aligned16(args.weight) || !aligned16(args.result)) return cudaErrorMisalignedAddress;
+  return (args.dtype == DCNGEN_FLOAT16 ? linear::forward_fp16 : linear::forward_bf16)(args, stream);
+}
+
+cudaError_t linear_backward(const LinearArgs& args, cudaStream_t stream) {
+  if (!aligned16(args.left) || !aligned16(args.weight) || !aligned16(args.result)) return cudaErrorMisalignedAddress;
+  return (args.dtype == DCNGEN_FLOAT16 ? linear::backward_fp16 : linear::backward_bf16)(args, stream);
+}
+#else
+bool linear_applies(int64_t, int, int, int) { return false; }
+int linear_parts(int, int) { return 0; }
+cudaError_t linear_forward(const LinearArgs&, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t linear_backward(const LinearArgs&, cudaStream_t) { return cudaErrorNotSupported; }
+#endif
+
+}  // namespace dcngen
