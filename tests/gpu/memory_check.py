@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 
-from dcngen.ops import dcnv4_packed, has_linear_kernels, launch, linear, linear_layer, native, projected
+from dcngen.ops import dcnv4_packed, has_linear_kernels, launch, linear_layer, native, projected
 
 from . import helpers
 from .helpers import DTYPES, Geometry, make, reproducible
@@ -116,9 +116,11 @@ def call_projected(geometry: Geometry, dtype: torch.dtype, std: float, save_outp
 
 
 def call_linear(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-    shapes = (rows, in_features), (out_features, in_features), (out_features,)
-    input, weight, bias = (torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
-    linear(input, weight, bias).sum().backward()
+    """By the operators: racecheck itself breaks at the product of cuBLAS that the weight's gradient is."""
+    shapes = (rows, in_features), (out_features, in_features), (out_features,), (rows, out_features)
+    input, weight, bias, grad = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in shapes)
+    torch.ops.dcngen.linear(input, weight, bias)
+    torch.ops.dcngen.linear_backward(grad, weight.t().contiguous())
 
 
 def main() -> None:
