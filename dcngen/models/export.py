@@ -46,13 +46,13 @@ from __future__ import annotations
 
 OPERATOR = """
 try:
-    from dcngen.ops import dcnv4, dcnv4_packed, dcnv4_packed_linear, has_linear_kernels, linear
+    from dcngen.ops import dcnv4, dcnv4_packed, dcnv4_packed_linear, has_linear_kernel, linear
 except ModuleNotFoundError:
     dcnv4, dcnv4_packed = dcnv4_reference, dcnv4_packed_reference
     dcnv4_packed_linear = dcnv4_packed_linear_reference
     linear = F.linear
 
-    def has_linear_kernels(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    def has_linear_kernel(input: torch.Tensor, weight: torch.Tensor, *, backward: bool = False) -> bool:
         return False
 """
 

@@ -10,7 +10,7 @@ from dcngen.ops import (
     dcnv4,
     dcnv4_packed,
     dcnv4_packed_linear,
-    has_linear_kernels,
+    has_linear_kernel,
     linear,
     offset_mask_channels,
 )
@@ -237,9 +237,9 @@ class DCNv4(nn.Module):
         x = x.contiguous()  # of a view in another order torch.compile makes a product and a pass that adds the bias
         # With center_feature_scale the value has a gradient that the operator does not see.
         wants_sums = torch.is_grad_enabled() and bias.requires_grad and not self.center_feature_scale
-        if has_linear_kernels(x, weight) or not wants_sums:
+        if not wants_sums or has_linear_kernel(x, weight, backward=True):
             return linear(x, weight, bias), None
-        return F.linear(x, weight, bias.detach()), bias
+        return linear(x, weight, bias.detach()), bias
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """value (N, H, W, channels) and offset_mask (N, H_out, W_out, P) of x (N, H, W, in_channels)."""

@@ -3,7 +3,7 @@
 from .backends import FallbackWarning, backend, current_backend
 from .dcnv4 import dcnv4
 from .geometry import offset_mask_channels
-from .linear_layer import has_linear_kernels, linear
+from .linear_layer import has_linear_kernel, linear
 from .native import NativeLibraryError
 from .packed import dcnv4_packed
 from .projected import dcnv4_packed_linear
@@ -20,7 +20,7 @@ __all__ = [
     "dcnv4_packed_linear_reference",
     "dcnv4_packed_reference",
     "dcnv4_reference",
-    "has_linear_kernels",
+    "has_linear_kernel",
     "linear",
     "offset_mask_channels",
 ]

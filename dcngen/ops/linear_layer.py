@@ -28,7 +28,7 @@ _backward_op = torch.ops.dcngen.linear_backward.default
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, with kernels of its own where `has_linear_kernels`.
+    """`torch.nn.functional.linear`, with kernels of its own where `has_linear_kernel`.
 
     Args:
         input: (..., in_features).
@@ -40,16 +40,17 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     Raises:
         RuntimeError: as `F.linear`, or the kernel could not be launched.
     """
-    if needs_reference() or not has_linear_kernels(input, weight):
+    if needs_reference() or not has_linear_kernel(input, weight):
         return F.linear(input, weight, bias)
     return _op(input, weight, bias)
 
 
-def has_linear_kernels(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` has kernels for these tensors, under the autocast of the moment.
+def has_linear_kernel(input: torch.Tensor, weight: torch.Tensor, *, backward: bool = False) -> bool:
+    """Whether `linear` has a kernel for these tensors, under the autocast of the moment.
 
-    On compute capability 9.0, for float16 and bfloat16, at least 2**15 rows, and from 128 features to 128, 192, ... 384
-    or from 256 to 256.
+    On compute capability 9.0, for float16 and bfloat16, at least 2**15 rows, and from 128 or 256 features to 128, 192,
+    ... 768. With `backward`: also one for the gradients of input and bias, which have it from 128 features to 384 at
+    most, and from 256 to 256.
     """
     dtype = _cast_dtype(input)
     return (
@@ -57,7 +58,7 @@ def has_linear_kernels(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.dim() == 2
         and weight.shape[1] == input.shape[-1]
         and _rows(input) >= LEAST_ROWS
-        and _parts(input, dtype, *weight.shape) > 0
+        and _parts(input, dtype, *weight.shape) >= (1 if backward else 0)
     )
 
 
@@ -72,15 +73,15 @@ def _rows(tensor: torch.Tensor) -> int:
 
 
 def _parts(rows: torch.Tensor, dtype: torch.dtype, out_features: int, in_features: int) -> int:
-    """In how many parts the backward sums grad_output; 0 where there are no kernels."""
+    """In how many parts the backward sums grad_output; 0 with a kernel for the forward alone, -1 without one."""
     fits = rows.is_cuda and dtype in (torch.bfloat16, torch.float16) and 0 < _rows(rows) < 2**31
-    return _device_parts(rows.device.index, dtype, out_features, in_features) if fits else 0
+    return _device_parts(rows.device.index, dtype, out_features, in_features) if fits else -1
 
 
 @torch.compiler.assume_constant_result
 def _device_parts(device: int, dtype: torch.dtype, out_features: int, in_features: int) -> int:
     found = native_library("cuda", dtype)
-    return 0 if found is None else _library_parts(found, device, dtype, out_features, in_features)
+    return -1 if found is None else _library_parts(found, device, dtype, out_features, in_features)
 
 
 @functools.lru_cache
@@ -108,7 +109,7 @@ def linear_gradients(
 
 
 def _forward_impl(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if not _parts(input, input.dtype, *weight.shape):
+    if _parts(input, input.dtype, *weight.shape) < 0:
         return F.linear(input, weight, bias).contiguous()
     input, weight = aligned(input.contiguous()), aligned(weight.contiguous())
     bias = None if bias is None else bias.contiguous()
@@ -119,7 +120,7 @@ def _forward_impl(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 def _backward_impl(grad_output: torch.Tensor, weight_transposed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     grad_input, sums = _empty_gradients(grad_output, weight_transposed)
-    if not _parts(grad_output, grad_output.dtype, *weight_transposed.shape[::-1]):
+    if _parts(grad_output, grad_output.dtype, *weight_transposed.shape[::-1]) < 1:
         torch.sum(grad_output.flatten(0, -2), 0, keepdim=True, dtype=sums.dtype, out=sums)
         return torch.matmul(grad_output, weight_transposed.t(), out=grad_input), sums
     grad_output, weight_transposed = aligned(grad_output.contiguous()), aligned(weight_transposed.contiguous())
@@ -129,7 +130,7 @@ def _backward_impl(grad_output: torch.Tensor, weight_transposed: torch.Tensor) -
 
 def _empty_gradients(grad_output: torch.Tensor, weight_transposed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     in_features, out_features = weight_transposed.shape
-    parts = _parts(grad_output, grad_output.dtype, out_features, in_features) or 1
+    parts = max(_parts(grad_output, grad_output.dtype, out_features, in_features), 1)
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     sums = grad_output.new_empty(parts, out_features, dtype=dtype)
     return grad_output.new_empty(*grad_output.shape[:-1], in_features), sums

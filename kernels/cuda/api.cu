@@ -144,15 +144,14 @@ int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* gr
 
 int dcngen_cuda_linear_parts(int64_t rows, int32_t in_features, int32_t out_features, int32_t dtype, int device) {
   const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess || !linear_applies(rows, in_features, out_features, dtype)) return 0;
-  return linear_parts(in_features, out_features);
+  return guard.error() == cudaSuccess ? linear_parts(rows, in_features, out_features, dtype) : -1;
 }
 
 int dcngen_cuda_linear_forward(const void* input, const void* weight, const void* bias, void* output, int64_t rows,
                                int32_t in_features, int32_t out_features, int32_t dtype, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return check(guard.error(), "linear forward: selecting the device");
-  if (!linear_applies(rows, in_features, out_features, dtype)) return fail("linear forward: no kernel for these sizes");
+  if (linear_parts(rows, in_features, out_features, dtype) < 0) return fail("linear forward: no kernel for these sizes");
   const LinearArgs args{input, weight, bias, output, nullptr, rows, in_features, out_features, dtype};
   return check(linear_forward(args, static_cast<cudaStream_t>(stream)), "linear forward");
 }
@@ -162,7 +161,7 @@ int dcngen_cuda_linear_backward(const void* grad_output, const void* weight_tran
                                 int32_t dtype, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return check(guard.error(), "linear backward: selecting the device");
-  if (!linear_applies(rows, in_features, out_features, dtype)) return fail("linear backward: no kernel for these sizes");
+  if (linear_parts(rows, in_features, out_features, dtype) < 1) return fail("linear backward: no kernel for these sizes");
   const LinearArgs args{grad_output, weight_transposed, nullptr,      grad_input, bias_sums,
                         rows,        in_features,       out_features, dtype};
   return check(linear_backward(args, static_cast<cudaStream_t>(stream)), "linear backward");

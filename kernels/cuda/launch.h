@@ -170,8 +170,7 @@ cudaError_t forward_window(const ForwardArgs& args, cudaStream_t stream);
 bool forward_projected_applies(const Params& p);
 cudaError_t forward_projected(const ProjectedArgs& args, cudaStream_t stream);
 // linear.cu: sm_90a alone.
-bool linear_applies(int64_t rows, int in_features, int out_features, int dtype);
-int linear_parts(int in_features, int out_features);  // rows of the backward's sums
+int linear_parts(int64_t rows, int in_features, int out_features, int dtype);  // as dcngen_cuda_linear_parts
 cudaError_t linear_forward(const LinearArgs& args, cudaStream_t stream);
 cudaError_t linear_backward(const LinearArgs& args, cudaStream_t stream);
 bool backward_window_applies(const Params& p);

@@ -13,15 +13,15 @@ int sum_rows(int in_features, int out_features);
 }  // namespace linear
 
 #ifdef DCNGEN_SM_90A
-bool linear_applies(int64_t rows, int in_features, int out_features, int dtype) {
-  // The weight, and two warpgroups at least, fit a multiprocessor's shared memory.
-  const bool fits = (in_features == 128 && out_features % 64 == 0 && out_features >= 128 && out_features <= 384) ||
-                    (in_features == 256 && out_features == 256);
-  return fits && rows > 0 && rows < int64_t{1} << 31 && (dtype == DCNGEN_FLOAT16 || dtype == DCNGEN_BFLOAT16) &&
-         device_is_sm_90();
+int linear_parts(int64_t rows, int in_features, int out_features, int dtype) {
+  const bool forward = (in_features == 128 || in_features == 256) && out_features % 64 == 0 && out_features >= 128 &&
+                       out_features <= 768 && rows > 0 && rows < int64_t{1} << 31 &&
+                       (dtype == DCNGEN_FLOAT16 || dtype == DCNGEN_BFLOAT16) && device_is_sm_90();
+  if (!forward) return -1;
+  // Where the whole weight, and two warpgroups at least, fit a multiprocessor's shared memory.
+  const bool backward = in_features == 128 ? out_features <= 384 : out_features == 256;
+  return backward ? linear::sum_rows(in_features, out_features) : 0;
 }
-
-int linear_parts(int in_features, int out_features) { return linear::sum_rows(in_features, out_features); }
 
 cudaError_t linear_forward(const LinearArgs& args, cudaStream_t stream) {
   if (!aligned16(args.left) || !aligned16(args.weight) || !aligned16(args.result)) return cudaErrorMisalignedAddress;
@@ -33,8 +33,7 @@ cudaError_t linear_backward(const LinearArgs& args, cudaStream_t stream) {
   return (args.dtype == DCNGEN_FLOAT16 ? linear::backward_fp16 : linear::backward_bf16)(args, stream);
 }
 #else
-bool linear_applies(int64_t, int, int, int) { return false; }
-int linear_parts(int, int) { return 0; }
+int linear_parts(int64_t, int, int, int) { return -1; }
 cudaError_t linear_forward(const LinearArgs&, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t linear_backward(const LinearArgs&, cudaStream_t) { return cudaErrorNotSupported; }
 #endif

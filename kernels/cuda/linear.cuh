@@ -3,9 +3,10 @@
 //   forward    output (rows x N) = input (rows x K) * weight^T + bias
 //   backward   grad_input (rows x N) = grad_output (rows x K) * weight, and the sums of grad_output's columns
 //
-// Blocks stay on their multiprocessor with the weight in shared memory. A warpgroup computes 64 rows at a time; its left
-// operand comes by the copy engine, in panels of 64 features that follow one another through a ring. The bias is what
-// sums begin with; columns are summed on the tensor cores while their panel is there.
+// Blocks stay on their multiprocessor with the weight in shared memory; where that is too large, neighbouring blocks share
+// the result's columns and read the same rows. A warpgroup computes 64 rows at a time; its left operand comes by the copy
+// engine, in panels of 64 features that follow one another through a ring. The bias is what sums begin with; columns are
+// summed on the tensor cores while their panel is there.
 #pragma once
 
 #include "copy_engine.cuh"
@@ -25,7 +26,10 @@ struct LinearProblem {
   const void* bias;  // forward; may be null
   float* sums;       // backward: (warpgroups of all blocks, K)
   int tiles;
-  int inner_panels, outer_panels;  // of what is summed over, of the result
+  int inner_panels;  // of what is summed over
+  int outer_panels;  // of the result, a block's
+  int all_panels;    // of the result
+  int shares;        // how many blocks share the result's panels
 };
 
 // Who has what of a block's shared memory: the weight (of each inner panel all rows), then the warpgroups (ring,
@@ -45,6 +49,13 @@ struct LinearMemory {
     return weight_bytes(inner, outer) + warpgroups(inner, outer) * WARPGROUP_BYTES + rest_bytes(outer);
   }
 };
+// How many blocks share a result of so many panels: two warpgroups have room beside each one's weight.
+constexpr __host__ __device__ int shares(int inner, int outer) {
+  int n = 1;
+  while (LinearMemory::warpgroups(inner, (outer + n - 1) / n) < 2) ++n;
+  return n;
+}
+static_assert(shares(4, 4) == 1 && shares(4, 6) == 2 && shares(4, 8) == 2 && shares(4, 11) == 3, "");
 static_assert(LinearMemory::warpgroups(2, 6) == 2 && LinearMemory::warpgroups(4, 4) == 2, "");
 
 // Panels of the left operand, in the order in which a warpgroup needs them. One thread asks.
@@ -138,6 +149,7 @@ class Results {
 // What both kernels begin with.
 struct LinearBlock {
   int thread, lane, warp, warpgroup, warpgroups, first_tile, stride;
+  int first_panel, panels;  // of the result
   uint32_t weight, own, bias, barriers;
   bool leader;
 
@@ -149,8 +161,11 @@ struct LinearBlock {
           warpgroup * LinearMemory::WARPGROUP_BYTES;
     bias = own + (warpgroups - warpgroup) * LinearMemory::WARPGROUP_BYTES;
     barriers = bias + p.outer_panels * kPanel * 4;
-    first_tile = static_cast<int>(blockIdx.x) * warpgroups + warpgroup;
-    stride = static_cast<int>(gridDim.x) * warpgroups;
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    first_tile = block / p.shares * warpgroups + warpgroup;
+    stride = blocks / p.shares * warpgroups;
+    first_panel = block % p.shares * p.outer_panels;
+    panels = min(p.outer_panels, p.all_panels - first_panel);
   }
   __device__ __forceinline__ Ring ring(const LinearProblem& p) const {
     return Ring(p, own, barriers + 8 + warpgroup * LinearMemory::STAGES * 8, first_tile, stride);
@@ -172,11 +187,11 @@ struct LinearBlock {
     if (!leader) return;
     ring.begin_first();
     if (warpgroup > 0) return;
-    barrier_expect(barriers, LinearMemory::weight_bytes(p.inner_panels, p.outer_panels));
-    uint32_t to = weight;
+    barrier_expect(barriers, LinearMemory::weight_bytes(p.inner_panels, panels));
     for (int inner = 0; inner < p.inner_panels; ++inner) {
-      for (int outer = 0; outer < p.outer_panels; ++outer, to += kPanelBytes) {
-        load_box(to, p.weight_map, inner * kPanel, outer * kPanel, 0, 0, barriers);
+      for (int outer = 0; outer < panels; ++outer) {
+        load_box(weight + (inner * p.outer_panels + outer) * kPanelBytes, p.weight_map, inner * kPanel,
+                 (first_panel + outer) * kPanel, 0, 0, barriers);
       }
     }
   }
@@ -191,8 +206,9 @@ __global__ void __launch_bounds__(LinearMemory::warpgroups(INNER, 2) * 128, 1)
   Ring ring = block.ring(p);
   Results<T> results = block.template results<T>(p);
   block.begin(p, ring);
-  for (int i = block.thread; i < p.outer_panels * kPanel; i += static_cast<int>(blockDim.x)) {
-    const uint16_t value = p.bias != nullptr ? static_cast<const uint16_t*>(p.bias)[i] : 0;
+  for (int i = block.thread; i < block.panels * kPanel; i += static_cast<int>(blockDim.x)) {
+    uint16_t value = 0;
+    if (p.bias != nullptr) value = static_cast<const uint16_t*>(p.bias)[block.first_panel * kPanel + i];
     store_shared(block.bias + i * 4, __float_as_uint(Dtype<T>::low(value)));
   }
   __syncthreads();
@@ -210,7 +226,7 @@ __global__ void __launch_bounds__(LinearMemory::warpgroups(INNER, 2) * 128, 1)
       ring.release(block.leader);
     }
 #pragma unroll 1
-    for (int outer = 0; outer < p.outer_panels; ++outer) {
+    for (int outer = 0; outer < block.panels; ++outer) {
       Fragments sums;
 #pragma unroll
       for (int j = 0; j < kPanel / 8; ++j) {
@@ -226,7 +242,7 @@ __global__ void __launch_bounds__(LinearMemory::warpgroups(INNER, 2) * 128, 1)
       }
       warpgroup_commit();
       warpgroup_wait();
-      results.store(sums, outer, tile * kTileRows + block.warp * 16);
+      results.store(sums, block.first_panel + outer, tile * kTileRows + block.warp * 16);
     }
   }
   if (block.lane == 0) store_wait();

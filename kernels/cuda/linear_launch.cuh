@@ -13,14 +13,16 @@ inline cudaError_t encode_rows(CUtensorMap& map, const void* first, int64_t rows
 inline cudaError_t fill(LinearProblem& problem, const LinearArgs& args, int inner, int outer) {
   problem.tiles = static_cast<int>((args.rows + kTileRows - 1) / kTileRows);
   problem.inner_panels = inner / kPanel;
-  problem.outer_panels = outer / kPanel;
+  problem.all_panels = outer / kPanel;
+  problem.shares = shares(problem.inner_panels, problem.all_panels);
+  problem.outer_panels = (problem.all_panels + problem.shares - 1) / problem.shares;
   cudaError_t error = encode_rows(problem.left_map, args.left, args.rows, inner, kTileRows);
   if (error == cudaSuccess) error = encode_rows(problem.weight_map, args.weight, outer, inner, kPanel);
   if (error == cudaSuccess) error = encode_rows(problem.result_map, args.result, args.rows, outer, 16);
   return error;
 }
 
-// As many blocks as the device has multiprocessors, each of whose warpgroups leaves a row of sums.
+// As many blocks as the device has multiprocessors. In the backward each of their warpgroups leaves a row of sums.
 template <auto KERNEL>
 cudaError_t launch_linear(const LinearProblem& problem, cudaStream_t stream) {
   const int inner = problem.inner_panels, outer = problem.outer_panels;
@@ -28,7 +30,7 @@ cudaError_t launch_linear(const LinearProblem& problem, cudaStream_t stream) {
   const cudaError_t error = prepared.run(
       [] { return cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, kMemory); });
   if (error != cudaSuccess) return error;
-  return launch(KERNEL, multiprocessors(), LinearMemory::warpgroups(inner, outer) * 128,
+  return launch(KERNEL, multiprocessors() / problem.shares * problem.shares, LinearMemory::warpgroups(inner, outer) * 128,
                 LinearMemory::bytes(inner, outer), stream, true, problem);
 }
 

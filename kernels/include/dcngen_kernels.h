@@ -85,7 +85,8 @@ DCNGEN_API int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, con
                                           float* grad_sums, void* workspace, int device, void* stream);
 /* A linear layer, output (rows, out_features) = input (rows, in_features) * weight^T + bias, and its gradients but the
  * weight's; float16 or bfloat16, all tensors contiguous, pointers to multiples of 16 bytes. bias may be NULL.
- * linear_parts: in how many parts the backward sums; 0 where there are no kernels for these sizes on this device.
+ * linear_parts: in how many parts the backward sums; 0 where there is a kernel for the forward alone, -1 where there is
+ * none for these sizes on this device.
  * weight_transposed (in_features, out_features). bias_sums (linear_parts, out_features): the bias's gradient, once its
  * rows are added. */
 DCNGEN_API int dcngen_cuda_linear_parts(int64_t rows, int32_t in_features, int32_t out_features, int32_t dtype,

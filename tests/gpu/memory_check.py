@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 
-from dcngen.ops import dcnv4_packed, has_linear_kernels, launch, linear_layer, native, projected
+from dcngen.ops import dcnv4_packed, has_linear_kernel, launch, linear_layer, native, projected
 
 from . import helpers
 from .helpers import DTYPES, Geometry, make, reproducible
@@ -80,9 +80,9 @@ def projected_cases() -> Iterator[Case]:
 def linear_cases() -> Iterator[Case]:
     """The linear layer's kernels, where the device has them: one row, a tile in part, several tiles a warpgroup."""
     one = torch.empty(1, 128, device="cuda", dtype=torch.bfloat16)
-    if not has_linear_kernels(one, one.expand(128, 128)):
+    if not has_linear_kernel(one, one.expand(128, 128)):
         return
-    sizes = [*product([128], [128, 192, 256, 320, 384]), (256, 256)]
+    sizes = [*product([128], [128, 192, 256, 320, 384]), (256, 256), (256, 384), (256, 704)]
     for dtype, rows, size in product(DTYPES[1:], [1, 100, 70000], sizes):
         yield f"linear {rows} {size} {dtype}", lambda d=dtype, r=rows, s=size: call_linear(r, *s, d)
 
@@ -120,7 +120,8 @@ def call_linear(rows: int, in_features: int, out_features: int, dtype: torch.dty
     shapes = (rows, in_features), (out_features, in_features), (out_features,), (rows, out_features)
     input, weight, bias, grad = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in shapes)
     torch.ops.dcngen.linear(input, weight, bias)
-    torch.ops.dcngen.linear_backward(grad, weight.t().contiguous())
+    if has_linear_kernel(input, weight, backward=True):
+        torch.ops.dcngen.linear_backward(grad, weight.t().contiguous())
 
 
 def main() -> None:

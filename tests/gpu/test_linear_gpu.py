@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dcngen.nn import DCNv4
-from dcngen.ops import has_linear_kernels, linear, linear_layer
+from dcngen.ops import has_linear_kernel, linear, linear_layer
 
 from .helpers import EPSILON
 
@@ -18,7 +18,7 @@ forward_op, backward_op = torch.ops.dcngen.linear.default, torch.ops.dcngen.line
 def _needs_the_kernels(monkeypatch):
     monkeypatch.setattr(linear_layer, "LEAST_ROWS", 1)
     one = torch.empty(1, 128, device="cuda", dtype=torch.bfloat16)
-    if not has_linear_kernels(one, one.expand(128, 128)):
+    if not has_linear_kernel(one, one.expand(128, 128)):
         pytest.skip("the linear layer's kernels need compute capability 9.0 and code of sm_90")
 
 
@@ -71,10 +71,27 @@ def test_the_kernels_run():
     launches(lambda: backward_op(normal(1000, 192), weight.t().contiguous()), "linear_backward_kernel")
 
 
-@pytest.mark.parametrize("features, width", [(128, 64), (128, 160), (128, 448), (64, 128), (256, 128), (256, 320)])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("features, width", [(128, 448), (256, 128), (256, 320), (256, 512), (256, 704), (256, 768)])
+@pytest.mark.parametrize("rows", [1, 65, 20001])
+def test_the_forward_alone(dtype, features, width, rows):
+    """Whose blocks share the columns, equally or not; the gradients are torch's."""
+    input, weight = normal(rows, features, dtype=dtype), normal(width, features, dtype=dtype) / 8
+    bias, grad = normal(width, dtype=dtype), normal(rows, width, dtype=dtype)
+    assert has_linear_kernel(input, weight) and not has_linear_kernel(input, weight, backward=True)
+    spoil(rows, width, dtype=dtype)
+    parameters = input.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+    output = launches(lambda: linear(*parameters), "linear_forward_kernel")
+    assert_rounded(output.detach(), F.linear(*(t.detach().double() for t in parameters)), dtype)
+    expected = torch.autograd.grad(F.linear(*parameters), parameters, grad)
+    for got, theirs in zip(torch.autograd.grad(output, parameters, grad), expected, strict=True):
+        torch.testing.assert_close(got, theirs)
+
+
+@pytest.mark.parametrize("features, width", [(128, 64), (128, 160), (128, 832), (64, 128), (512, 512)])
 def test_other_sizes_run_as_torch_has_them(features, width):
     input, weight, bias = normal(1000, features), normal(width, features), normal(width)
-    assert not has_linear_kernels(input, weight)
+    assert not has_linear_kernel(input, weight)
     torch.testing.assert_close(linear(input, weight, bias), F.linear(input, weight, bias))
     torch.testing.assert_close(forward_op(input, weight, bias), F.linear(input, weight, bias))
 

@@ -9,7 +9,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from dcngen.nn import DCNv4
-from dcngen.ops import has_linear_kernels, linear, linear_layer
+from dcngen.ops import has_linear_kernel, linear, linear_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::dcngen.ops.FallbackWarning")
 
@@ -61,7 +61,7 @@ def test_the_backward_operator():
 def test_it_compiles_whole(monkeypatch):
     """As on a device with the kernels, whose place the operators' other implementations take here."""
     called = []
-    monkeypatch.setattr(linear_layer, "has_linear_kernels", lambda *_: True)
+    monkeypatch.setattr(linear_layer, "has_linear_kernel", lambda *_: True)
     monkeypatch.setattr(linear_layer, "linear_gradients", by_the_operator)
     torch._dynamo.reset()
 
@@ -96,7 +96,7 @@ def test_autocast():
         {"dtype": torch.float32},
         {"weight_dtype": torch.float32},
         {"is_cuda": False},
-        {"parts": 0},
+        {"parts": -1},
     ],
     ids=str,
 )
@@ -110,7 +110,16 @@ def test_where_there_are_kernels(monkeypatch, changes):
         shape=(changes.get("rows", 2**15), changes.get("in_features", 128)),
     )
     weight = torch.empty(192, 128, dtype=changes.get("weight_dtype", dtype), device="meta")
-    assert has_linear_kernels(input, weight) == (not changes)
+    assert has_linear_kernel(input, weight) == has_linear_kernel(input, weight, backward=True) == (not changes)
+
+
+def test_a_kernel_for_the_forward_alone(monkeypatch):
+    monkeypatch.setattr(linear_layer, "_device_parts", lambda *_: 0)
+    device = torch.device("cuda", 0)
+    input = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=device, shape=(2**15, 256))
+    weight = torch.empty(704, 256, dtype=torch.bfloat16, device="meta")
+    assert has_linear_kernel(input, weight)
+    assert not has_linear_kernel(input, weight, backward=True)
 
 
 def test_autocast_decides_the_dtype(monkeypatch):
@@ -118,11 +127,11 @@ def test_autocast_decides_the_dtype(monkeypatch):
     monkeypatch.setattr(linear_layer, "_device_parts", lambda *arguments: asked.append(arguments) or 264)
     input = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0), shape=(2**15, 128))
     weight = torch.empty(192, 128, device="meta")
-    assert not has_linear_kernels(input, weight)
+    assert not has_linear_kernel(input, weight)
     # What torch.autocast("cuda", torch.float16) sets where there is a device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
-    assert has_linear_kernels(input, weight)
+    assert has_linear_kernel(input, weight)
     assert asked == [(0, torch.float16, 192, 128)]
 
 
@@ -132,7 +141,7 @@ def test_the_layer_leaves_the_biases_to_it(monkeypatch, center_feature_scale):
     layer, x = DCNv4(16, group=2, mask_init=0.1, center_feature_scale=center_feature_scale), torch.randn(1, 4, 4, 16)
     grad = torch.randn(1, 4, 4, 16)
     expected = torch.autograd.grad(layer(x), list(layer.parameters()), grad)
-    monkeypatch.setattr("dcngen.nn.dcnv4.has_linear_kernels", lambda *_: True)
+    monkeypatch.setattr("dcngen.nn.dcnv4.has_linear_kernel", lambda *_, **__: True)
     monkeypatch.setattr("dcngen.nn.dcnv4.linear", operator)
     packed, packed_bias = layer._project_at_once(x)
     assert packed_bias is None and packed.requires_grad
