@@ -54,8 +54,11 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t from,
                : "memory");
 }
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until the copy engine has read, or written, all that this thread has asked it to store.
-__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until the copy engine has read all but the last PENDING, or written all, that this thread has asked it to store.
+template <int PENDING = 0>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
 __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // --------------------------------------------------------------------------------------------- tensor maps (host side)

@@ -122,8 +122,8 @@ class Results {
 
   __device__ __forceinline__ void store(const float (*sums)[4], int panel, int row) {
     const uint32_t staged = staging_ + place_ * kPanelBytes;
-    place_ ^= 1;
-    if (lane_ == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+    place_ = (place_ + 1) % LinearMemory::RESULTS;
+    if (lane_ == 0) store_wait_read<LinearMemory::RESULTS - 1>();
     __syncwarp();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
