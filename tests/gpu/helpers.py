@@ -19,13 +19,20 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPSILON = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
+def has_window_backward() -> bool:
+    """Whether the library holds code of sm_90 or newer, and so more than the plain backward."""
+    return any(int(re.match(r"\d+", name)[0]) >= 90 for name in _architectures().split())
+
+
 def needs_window_backward() -> None:
-    """Skips the test where the library holds no code of sm_90 or newer, and so only the plain backward."""
+    if not has_window_backward():
+        pytest.skip(f"the window backward needs code of sm_90, the library was compiled for {_architectures()}")
+
+
+def _architectures() -> str:
     from dcngen.ops import native
 
-    architectures = native.cuda_library().dcngen_cuda_architectures().decode()
-    if not any(int(re.match(r"\d+", name)[0]) >= 90 for name in architectures.split()):
-        pytest.skip(f"the window backward needs code of sm_90, the library was compiled for {architectures}")
+    return native.cuda_library().dcngen_cuda_architectures().decode()
 
 
 @contextmanager
