@@ -40,8 +40,8 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     Raises:
         RuntimeError: as `F.linear`, or the kernel could not be launched.
     """
-    if needs_reference() or not has_linear_kernel(input, weight):
-        return F.linear(input, weight, bias)
+    if needs_reference() or not has_linear_kernel(input, weight) or not _fits(bias, weight):
+        return F.linear(input, weight, bias)  # which says what does not fit
     return _op(input, weight, bias)
 
 
@@ -54,7 +54,9 @@ def has_linear_kernel(input: torch.Tensor, weight: torch.Tensor, *, backward: bo
     """
     dtype = _cast_dtype(input)
     return (
-        dtype == _cast_dtype(weight)
+        input.is_cuda
+        and input.device == weight.device
+        and dtype == _cast_dtype(weight)
         and weight.dim() == 2
         and weight.shape[1] == input.shape[-1]
         and _rows(input) >= LEAST_ROWS
@@ -66,6 +68,13 @@ def _cast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The tensor's dtype once autocast has cast it."""
     casts = torch.is_autocast_enabled("cuda") and tensor.dtype != torch.float64
     return torch.get_autocast_dtype("cuda") if casts else tensor.dtype
+
+
+def _fits(bias: torch.Tensor | None, weight: torch.Tensor) -> bool:
+    """Whether the kernel can read the bias as one number for each row of weight."""
+    return bias is None or (
+        bias.shape == weight.shape[:1] and bias.device == weight.device and _cast_dtype(bias) == _cast_dtype(weight)
+    )
 
 
 def _rows(tensor: torch.Tensor) -> int:
@@ -109,7 +118,7 @@ def linear_gradients(
 
 
 def _forward_impl(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if _parts(input, input.dtype, *weight.shape) < 0:
+    if not (_is_same_kind(input, weight) and _fits(bias, weight)) or _parts(input, input.dtype, *weight.shape) < 0:
         return F.linear(input, weight, bias).contiguous()
     input, weight = aligned(input.contiguous()), aligned(weight.contiguous())
     bias = None if bias is None else bias.contiguous()
@@ -120,12 +129,17 @@ def _forward_impl(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 def _backward_impl(grad_output: torch.Tensor, weight_transposed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     grad_input, sums = _empty_gradients(grad_output, weight_transposed)
-    if _parts(grad_output, grad_output.dtype, *weight_transposed.shape[::-1]) < 1:
+    shape = weight_transposed.shape[::-1]
+    if not _is_same_kind(grad_output, weight_transposed) or _parts(grad_output, grad_output.dtype, *shape) < 1:
         torch.sum(grad_output.flatten(0, -2), 0, keepdim=True, dtype=sums.dtype, out=sums)
         return torch.matmul(grad_output, weight_transposed.t(), out=grad_input), sums
     grad_output, weight_transposed = aligned(grad_output.contiguous()), aligned(weight_transposed.contiguous())
-    _launch("backward", grad_output, weight_transposed, grad_input, sums, weight_transposed.shape[::-1])
+    _launch("backward", grad_output, weight_transposed, grad_input, sums, shape)
     return grad_input, sums
+
+
+def _is_same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
 
 
 def _empty_gradients(grad_output: torch.Tensor, weight_transposed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -96,6 +96,16 @@ def test_other_sizes_run_as_torch_has_them(features, width):
     torch.testing.assert_close(forward_op(input, weight, bias), F.linear(input, weight, bias))
 
 
+def test_what_does_not_fit_is_refused():
+    input, weight = normal(1000, 128), normal(192, 128)
+    for bias in (normal(191), normal(192).float(), normal(192).cpu()):
+        for run in (linear, forward_op):
+            with pytest.raises(RuntimeError):
+                run(input, weight, bias)
+    with pytest.raises(RuntimeError):
+        linear(input, weight.cpu())
+
+
 def test_rows_are_apart():
     """NaN and infinity stay in their rows; the columns' sums see them all."""
     input, weight, grad = normal(300, 128), normal(256, 128), normal(300, 256)

@@ -25,6 +25,12 @@ def tensors(dtype=torch.float64, bias=True):
     return normal(2, 3, 4), normal(5, 4), normal(5) if bias else None
 
 
+def on_cuda(*shape, dtype=torch.bfloat16):
+    """What the choice of a kernel asks of a tensor on a GPU."""
+    device = torch.device("cuda", 0)
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device=device, shape=shape, dim=lambda: len(shape))
+
+
 def gradients(run, arguments, grad):
     wanted = [t for t in arguments if t is not None and t.requires_grad]
     return torch.autograd.grad(run(*arguments), wanted, grad)
@@ -96,6 +102,7 @@ def test_autocast():
         {"dtype": torch.float32},
         {"weight_dtype": torch.float32},
         {"is_cuda": False},
+        {"weight_device": "cuda:1"},
         {"parts": -1},
     ],
     ids=str,
@@ -103,21 +110,16 @@ def test_autocast():
 def test_where_there_are_kernels(monkeypatch, changes):
     monkeypatch.setattr(linear_layer, "_device_parts", lambda *_: changes.get("parts", 264))
     dtype = changes.get("dtype", torch.bfloat16)
-    input = SimpleNamespace(
-        is_cuda=changes.get("is_cuda", True),
-        dtype=dtype,
-        device=torch.device("cuda", 0),
-        shape=(changes.get("rows", 2**15), changes.get("in_features", 128)),
-    )
-    weight = torch.empty(192, 128, dtype=changes.get("weight_dtype", dtype), device="meta")
+    input = on_cuda(changes.get("rows", 2**15), changes.get("in_features", 128), dtype=dtype)
+    input.is_cuda = changes.get("is_cuda", True)
+    weight = on_cuda(192, 128, dtype=changes.get("weight_dtype", dtype))
+    weight.device = torch.device(changes.get("weight_device", "cuda:0"))
     assert has_linear_kernel(input, weight) == has_linear_kernel(input, weight, backward=True) == (not changes)
 
 
 def test_a_kernel_for_the_forward_alone(monkeypatch):
     monkeypatch.setattr(linear_layer, "_device_parts", lambda *_: 0)
-    device = torch.device("cuda", 0)
-    input = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=device, shape=(2**15, 256))
-    weight = torch.empty(704, 256, dtype=torch.bfloat16, device="meta")
+    input, weight = on_cuda(2**15, 256), on_cuda(704, 256)
     assert has_linear_kernel(input, weight)
     assert not has_linear_kernel(input, weight, backward=True)
 
@@ -125,14 +127,23 @@ def test_a_kernel_for_the_forward_alone(monkeypatch):
 def test_autocast_decides_the_dtype(monkeypatch):
     asked = []
     monkeypatch.setattr(linear_layer, "_device_parts", lambda *arguments: asked.append(arguments) or 264)
-    input = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0), shape=(2**15, 128))
-    weight = torch.empty(192, 128, device="meta")
+    input, weight = on_cuda(2**15, 128, dtype=torch.float32), on_cuda(192, 128, dtype=torch.float32)
     assert not has_linear_kernel(input, weight)
     # What torch.autocast("cuda", torch.float16) sets where there is a device.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
     assert has_linear_kernel(input, weight)
     assert asked == [(0, torch.float16, 192, 128)]
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(5), torch.zeros(4, dtype=torch.float64)], ids=["dtype", "length"])
+def test_a_bias_that_does_not_fit_is_refused_by_torch(monkeypatch, bias):
+    """The kernel would read beyond it, or other numbers."""
+    monkeypatch.setattr(linear_layer, "has_linear_kernel", lambda *_: True)
+    monkeypatch.setattr(linear_layer, "_op", lambda *_: pytest.fail("the operator was called"))
+    input, weight, _ = tensors()
+    with pytest.raises(RuntimeError):
+        linear(input, weight, bias)
 
 
 @pytest.mark.parametrize("center_feature_scale", [False, True])
