@@ -86,6 +86,21 @@ def by_the_operator(grad_output, weight, wants_bias):
     return of_input, sums.sum(0)
 
 
+def test_the_sums_of_all_parts_are_added(monkeypatch):
+    grad, weight = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+
+    def in_two_parts(grad, weight_transposed):
+        return grad @ weight_transposed.t(), torch.stack([grad[0].sum(0), grad[1].sum(0)])
+
+    monkeypatch.setattr(linear_layer, "LEAST_ROWS", 1)
+    monkeypatch.setattr(linear_layer, "_parts", lambda *_: 2)
+    monkeypatch.setattr(linear_layer, "_backward_op", in_two_parts)
+    with torch.no_grad():
+        of_input, of_bias = linear_layer.linear_gradients(grad, weight, True)
+    torch.testing.assert_close(of_input, grad @ weight)
+    torch.testing.assert_close(of_bias, grad.sum((0, 1)))
+
+
 def test_autocast():
     arguments = tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
