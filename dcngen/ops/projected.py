@@ -164,17 +164,14 @@ def _gradients(ctx, grad, wanted):
         return gradients_of(result, [t if want else None for t, want in zip(tensors, wanted, strict=True)], grad)
     if output.dim() == 1:  # of a call that did not expect a backward
         output = torch.ops.dcngen.dcnv4_packed.default(packed, ctx.channels, *ctx.scalars)
-    of_packed = of_weight = of_bias = of_packed_bias = None
-    if wanted[0] or wanted[3]:
-        of_output, of_bias = linear_gradients(grad, weight, wanted[2])
+    of_packed = of_packed_bias = None
+    wants_output = wanted[0] or wanted[3]
+    of_output, of_weight, of_bias = linear_gradients(output, weight, grad, (wants_output, *wanted[1:3]))
+    if wants_output:
         of_output = of_output.to(packed.dtype)  # a backward under autocast chooses its own
         of_packed, of_packed_bias = packed_gradients(
             of_output, packed, packed_bias if wanted[3] else None, ctx.channels, ctx.scalars
         )
-    elif wanted[2]:
-        of_bias = grad.flatten(0, 2).sum(0)
-    if wanted[1]:
-        of_weight = grad.flatten(0, 2).t() @ output.flatten(0, 2)
     return of_packed, of_weight, of_bias, of_packed_bias
 
 

@@ -1,5 +1,5 @@
 // Whether the linear layer's kernels apply to a call and its device, and their launch.
-#include "launch.h"
+#include "linear.cuh"
 
 namespace dcngen {
 
@@ -9,7 +9,6 @@ cudaError_t forward_bf16(const LinearArgs& args, cudaStream_t stream);
 cudaError_t forward_fp16(const LinearArgs& args, cudaStream_t stream);
 cudaError_t backward_bf16(const LinearArgs& args, cudaStream_t stream);
 cudaError_t backward_fp16(const LinearArgs& args, cudaStream_t stream);
-int sum_rows(int in_features, int out_features);
 }  // namespace linear
 
 #ifdef DCNGEN_SM_90A
@@ -20,7 +19,9 @@ int linear_parts(int64_t rows, int in_features, int out_features, int dtype) {
   if (!forward) return -1;
   // Where the whole weight, and two warpgroups at least, fit a multiprocessor's shared memory.
   const bool backward = in_features == 128 ? out_features <= 384 : out_features == 256;
-  return backward ? linear::sum_rows(in_features, out_features) : 0;
+  if (!backward) return 0;
+  return window::multiprocessors() *
+         linear::LinearMemory::warpgroups(out_features / linear::kPanel, in_features / linear::kPanel);
 }
 
 cudaError_t linear_forward(const LinearArgs& args, cudaStream_t stream) {

@@ -2,6 +2,10 @@
 #include "linear_launch.cuh"
 
 namespace dcngen::linear {
-cudaError_t forward_bf16(const LinearArgs& args, cudaStream_t stream) { return forward_typed<__nv_bfloat16>(args, stream); }
-cudaError_t backward_bf16(const LinearArgs& args, cudaStream_t stream) { return backward_typed<__nv_bfloat16>(args, stream); }
+cudaError_t forward_bf16(const LinearArgs& args, cudaStream_t stream) {
+  return forward_typed<__nv_bfloat16>(args, stream);
+}
+cudaError_t backward_bf16(const LinearArgs& args, cudaStream_t stream) {
+  return backward_typed<__nv_bfloat16>(args, stream);
+}
 }  // namespace dcngen::linear

@@ -2,11 +2,10 @@
 #include "linear_launch.cuh"
 
 namespace dcngen::linear {
-cudaError_t forward_fp16(const LinearArgs& args, cudaStream_t stream) { return forward_typed<__half>(args, stream); }
-cudaError_t backward_fp16(const LinearArgs& args, cudaStream_t stream) { return backward_typed<__half>(args, stream); }
-
-// Of either dtype.
-int sum_rows(int in_features, int out_features) {
-  return multiprocessors() * LinearMemory::warpgroups(out_features / kPanel, in_features / kPanel);
+cudaError_t forward_fp16(const LinearArgs& args, cudaStream_t stream) {
+  return forward_typed<__half>(args, stream);
+}
+cudaError_t backward_fp16(const LinearArgs& args, cudaStream_t stream) {
+  return backward_typed<__half>(args, stream);
 }
 }  // namespace dcngen::linear

@@ -68,7 +68,7 @@ def test_it_compiles_whole(monkeypatch):
     """As on a device with the kernels, whose place the operators' other implementations take here."""
     called = []
     monkeypatch.setattr(linear_layer, "has_linear_kernel", lambda *_: True)
-    monkeypatch.setattr(linear_layer, "linear_gradients", by_the_operator)
+    monkeypatch.setattr(linear_layer, "_of_input_and_bias", by_the_operator)
     torch._dynamo.reset()
 
     def note(graph, _):
@@ -96,7 +96,8 @@ def test_the_sums_of_all_parts_are_added(monkeypatch):
     monkeypatch.setattr(linear_layer, "_parts", lambda *_: 2)
     monkeypatch.setattr(linear_layer, "_backward_op", in_two_parts)
     with torch.no_grad():
-        of_input, of_bias = linear_layer.linear_gradients(grad, weight, True)
+        of_input, of_weight, of_bias = linear_layer.linear_gradients(grad, weight, grad, (True, False, True))
+    assert of_weight is None
     torch.testing.assert_close(of_input, grad @ weight)
     torch.testing.assert_close(of_bias, grad.sum((0, 1)))
 
