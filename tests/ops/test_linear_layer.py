@@ -90,7 +90,8 @@ def test_the_sums_of_all_parts_are_added(monkeypatch):
     grad, weight = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
 
     def in_two_parts(grad, weight_transposed):
-        return grad @ weight_transposed.t(), torch.stack([grad[0].sum(0), grad[1].sum(0)])
+        of_input = grad @ weight_transposed.t()
+        return of_input.detach(), torch.stack([grad[0].sum(0), grad[1].sum(0)])
 
     monkeypatch.setattr(linear_layer, "LEAST_ROWS", 1)
     monkeypatch.setattr(linear_layer, "_parts", lambda *_: 2)
@@ -100,6 +101,10 @@ def test_the_sums_of_all_parts_are_added(monkeypatch):
     assert of_weight is None
     torch.testing.assert_close(of_input, grad @ weight)
     torch.testing.assert_close(of_bias, grad.sum((0, 1)))
+    # create_graph=True: no kernel has derivatives of its own
+    with torch.enable_grad():
+        of_input, *_ = linear_layer.linear_gradients(grad, weight.requires_grad_(), grad, (True, False, False))
+    assert of_input.requires_grad
 
 
 def test_autocast():

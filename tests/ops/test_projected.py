@@ -54,6 +54,16 @@ def test_only_what_is_asked_for_gets_a_gradient():
     torch.testing.assert_close(torch.autograd.grad(result, weight, grad)[0], expected)
 
 
+def test_packed_bias_alone_gets_a_gradient():
+    packed, weight, bias = (t.detach() for t in tensors())
+    packed_bias = torch.zeros(WIDTH, dtype=torch.float64, requires_grad=True)
+    arguments = packed, weight, bias, CHANNELS, True, *SCALARS, packed_bias
+    result = torch.ops.dcngen.dcnv4_packed_linear(*arguments)[0]
+    grad = torch.randn_like(result)
+    expected = torch.autograd.grad(separate(packed + packed_bias, weight, bias), packed_bias, grad)
+    torch.testing.assert_close(torch.autograd.grad(result, packed_bias, grad), expected)
+
+
 @pytest.mark.parametrize("save_output", [False, True])
 def test_opcheck(save_output):
     arguments = (*tensors(torch.float32), CHANNELS, save_output, *SCALARS)
