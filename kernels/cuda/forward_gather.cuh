@@ -274,6 +274,7 @@ cudaError_t launch_gather(const ForwardArgs& args, cudaStream_t stream) {
   const ForwardGather gather(args, Shape::CHANNELS, Shape::CHANNELS * Shape::SLICES, Shape::UNIT_W, Shape::UNIT_H);
   const auto kernel = forward_gather_kernel<T, Shape>;
   constexpr int kBytes = Shape::WARPS * Shape::WARP_BYTES;
+  static_assert(kBytes + sizeof(LeftUnits) <= kMostSharedBytes, "");
   static OncePerDevice prepared;
   const cudaError_t error = prepared.run([&] {
     // Asked for, else blocks that start while the first kernel ends keep its split of cache and shared memory.

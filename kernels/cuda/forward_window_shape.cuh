@@ -39,6 +39,7 @@ struct ForwardShape {
   static constexpr int WARP_BYTES = RECORDS_AT + WARP_TASKS * FarRecords::BYTES;
   static constexpr int BARRIERS_AT = Tile::BYTES + WARPS * WARP_BYTES;  // one of the input tile, one of each warp
   static constexpr int BYTES = BARRIERS_AT + (WARPS + 1) * 8;
+  static_assert(BYTES <= kMostSharedBytes, "");
   static_assert(TAPS_BYTES % 128 == 0 && WARP_BYTES % 128 == 0, "the copy engine writes to multiples of 128 bytes");
   // Blocks a multiprocessor should hold: what shared memory allows, but with registers enough that nothing spills.
   static constexpr int REGISTERS = BULK || WARP_TASKS == 1 ? 96 : 128;

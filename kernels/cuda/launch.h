@@ -123,6 +123,9 @@ class OncePerDevice {
   std::atomic<uint64_t> done_{0};
 };
 
+// Shared memory that a block can have wherever the kernels without a look at the device run: on sm_86, sm_89 and sm_120.
+inline constexpr int kMostSharedBytes = 99 * 1024;
+
 // Launches KERNEL, whose blocks always have so many bytes of shared memory: more than a block has unasked.
 template <auto KERNEL, typename... Arguments>
 cudaError_t launch_with_memory(int64_t blocks, int threads, int shared_bytes, cudaStream_t stream, bool after_previous,

@@ -146,9 +146,11 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int D>
 cudaError_t launch_backward(const BackwardArgs& args, cudaStream_t stream) {
   const BackwardProblem problem(args.p);
-  return launch_with_memory<backward_kernel<T, D>>(problem.blocks(), kThreads, kWarps * BackwardWarp<D>::BYTES, stream,
-                                                   window::bulk_copies(), problem, args.grad_output, args.input,
-                                                   args.offset_mask, args.grad_input, args.grad_offset_mask);
+  constexpr int kBytes = kWarps * BackwardWarp<D>::BYTES;
+  static_assert(kBytes <= kMostSharedBytes, "");
+  return launch_with_memory<backward_kernel<T, D>>(problem.blocks(), kThreads, kBytes, stream, window::bulk_copies(),
+                                                   problem, args.grad_output, args.input, args.offset_mask,
+                                                   args.grad_input, args.grad_offset_mask);
 }
 
 }  // namespace

@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int D>
 cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   const Problem problem(args.p);
-  return launch_with_memory<forward_kernel<T, D>>(problem.blocks(), kThreads, kWarps * ForwardWarp<D>::BYTES, stream,
-                                                  window::bulk_copies(), problem, args.input, args.offset_mask,
-                                                  args.output);
+  constexpr int kBytes = kWarps * ForwardWarp<D>::BYTES;
+  static_assert(kBytes <= kMostSharedBytes, "");
+  return launch_with_memory<forward_kernel<T, D>>(problem.blocks(), kThreads, kBytes, stream, window::bulk_copies(),
+                                                  problem, args.input, args.offset_mask, args.output);
 }
 
 }  // namespace
