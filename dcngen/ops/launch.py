@@ -239,7 +239,7 @@ def has_sums(library: ctypes.CDLL, device: int) -> bool:
 
 
 def _params_that_fit() -> DCNv4Params:
-    params = DCNv4Params(1, 8, 8, 8, 8, 128, 56, 128, 128, 56, 56, 2, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1.0)
+    params = DCNv4Params(1, 16, 16, 16, 16, 128, 56, 128, 128, 56, 56, 2, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1.0)
     params.dtype = DTYPE_CODES[torch.bfloat16]
     return params
 

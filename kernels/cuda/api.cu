@@ -91,6 +91,7 @@ int dcngen_cuda_dcnv4_forward(const dcngen_dcnv4_params* params, const void* inp
   if (guard.error() != cudaSuccess) return check(guard.error(), "dcnv4 forward: selecting the device");
   const ForwardArgs args{*params, input, offset_mask, output};
   const auto run = small_map_applies(args.p)        ? forward_small_map
+                   : medium_map_applies(args.p)     ? forward_medium_map
                    : forward_window_applies(args.p) ? forward_window
                                                     : forward_plain;
   return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 forward");
@@ -114,12 +115,14 @@ int dcngen_cuda_dcnv4_forward_projected(const dcngen_dcnv4_params* params, const
 }
 
 int dcngen_cuda_dcnv4_backward_has_sums(const dcngen_dcnv4_params* params) {
-  if (backward_small_map_applies(*params) || !backward_window_applies(*params)) return 0;
-  return backward_window_sums(*params) ? 1 : 0;
+  if (backward_small_map_applies(*params)) return 0;
+  if (backward_medium_map_applies(*params)) return 1;
+  return backward_window_applies(*params) && backward_window_sums(*params) ? 1 : 0;
 }
 
 int64_t dcngen_cuda_dcnv4_backward_workspace_size(const dcngen_dcnv4_params* params, int with_sums) {
   if (backward_small_map_applies(*params)) return 0;
+  if (backward_medium_map_applies(*params)) return with_sums ? backward_medium_map_workspace(*params) : 0;
   return backward_window_applies(*params) ? backward_window_workspace(*params, with_sums != 0)
                                           : backward_plain_workspace(*params);
 }
@@ -136,9 +139,10 @@ int dcngen_cuda_dcnv4_backward(const dcngen_dcnv4_params* params, const void* gr
   }
   const BackwardArgs args{*params,    grad_output,      input,     offset_mask,
                           grad_input, grad_offset_mask, grad_sums, workspace};
-  const auto run = backward_small_map_applies(args.p) ? backward_small_map
-                   : backward_window_applies(args.p)  ? backward_window
-                                                      : backward_plain;
+  const auto run = backward_small_map_applies(args.p)    ? backward_small_map
+                   : backward_medium_map_applies(args.p) ? backward_medium_map
+                   : backward_window_applies(args.p)     ? backward_window
+                                                         : backward_plain;
   return check(run(args, static_cast<cudaStream_t>(stream)), "dcnv4 backward");
 }
 

@@ -188,11 +188,11 @@ cudaError_t launch_far(const FarArgs& far, cudaStream_t stream) {
   return launch(far_owner_kernel<T, D>, far.p.batch * far.p.groups, D, 0, stream, false, far);
 }
 
-template <typename T, int D, int SIDE, bool WHOLE>
+template <typename T, int D, bool WHOLE>
 cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
-  using Shape = WideShape<D, SIDE>;
-  const int64_t windows = WideWindow<SIDE, WHOLE>::count(far), most = window::multiprocessors() * Shape::kBlocks;
-  return launch_with_memory<wide_kernel<T, D, SIDE, WHOLE>>(windows < most ? windows : most, kWideThreads,
+  using Shape = WideShape<D>;
+  const int64_t windows = WideWindow<WHOLE>::count(far), most = window::multiprocessors() * Shape::kBlocks;
+  return launch_with_memory<wide_kernel<T, D, WHOLE>>(windows < most ? windows : most, kWideThreads,
                                                             Shape::kShared, stream, true, far);
 }
 
@@ -217,13 +217,10 @@ cudaError_t launch_for_far(const FarArgs& far, cudaStream_t stream) {
   const Params& p = far.p;
   const Windows windows = choose_windows(p);
   if constexpr (sizeof(T) == 2) {
-    if (windows == Windows::kWhole) {
-      const bool small = p.width_in <= 8 && p.height_in <= 8;
-      return small ? launch_wide<T, D, 8, true>(far, stream) : launch_wide<T, D, 16, true>(far, stream);
-    }
+    if (windows == Windows::kWhole) return launch_wide<T, D, true>(far, stream);
     if constexpr (D >= 32) {
       const cudaError_t error =
-          windows == Windows::kAround ? launch_wide<T, D, 16, false>(far, stream) : cudaSuccess;
+          windows == Windows::kAround ? launch_wide<T, D, false>(far, stream) : cudaSuccess;
       if (error != cudaSuccess) return error;
     }
   }

@@ -1,5 +1,5 @@
 // Far samples by dense products over a wider window (half types): where many samples of 8x8 output pixels are far, one
-// window of 16x16 (8x8) inputs holds most of them, or, on a map no larger than the window, all of them.
+// window of 16x16 inputs holds most of them, or, on a map no larger than the window, all of them.
 //   T(64 x cells) = grad_output(64 x D) * input(cells x D)^T: a sample's three gradients need four numbers of its row;
 //   S(64 x cells): every output pixel adds its samples' corner weights to its own row, so nothing collides;
 //   grad_input(cells x D) += S^T * grad_output.
@@ -13,10 +13,10 @@
 namespace dcngen::backward {
 
 // T: warp w computes 16 output pixels (w % 4) by half of the cells (w / 4).
-template <typename T, int D, int SIDE>
+template <typename T, int D>
 __device__ __forceinline__ void multiply_cells(uint32_t products, uint32_t input, uint32_t grad_output, int warp,
                                                int lane) {
-  using Shape = WideShape<D, SIDE>;
+  using Shape = WideShape<D>;
   constexpr int kAtOnce = D == 16 ? 2 : 1;  // tiles of eight cells
   const int row = 16 * (warp & 3);
   uint32_t a[D / 16][4];
@@ -53,7 +53,7 @@ __device__ __forceinline__ void multiply_cells(uint32_t products, uint32_t input
 }
 
 // The gradients of the warp's samples from its rows of T.
-template <typename T, int SIDE, int ROW>
+template <typename T, int ROW>
 __device__ __forceinline__ void look_up_gradients(const WideSample (&samples)[kRounds], const TileArgs& tile,
                                                   uint32_t rows, T* to, int lane) {
 #pragma unroll
@@ -65,8 +65,8 @@ __device__ __forceinline__ void look_up_gradients(const WideSample (&samples)[kR
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int x = sample.left() + (q & 1), y = sample.top() + (q >> 1);
-      const bool inside = static_cast<unsigned>(x) < SIDE && static_cast<unsigned>(y) < SIDE;
-      dot[q] = inside ? __uint_as_float(window::load_shared(rows + pixel * ROW + 4 * (y * SIDE + x))) : 0.f;
+      const bool inside = static_cast<unsigned>(x) < kWideSide && static_cast<unsigned>(y) < kWideSide;
+      dot[q] = inside ? __uint_as_float(window::load_shared(rows + pixel * ROW + 4 * (y * kWideSide + x))) : 0.f;
     }
     store_gradient(to + pixel * static_cast<int>(tile.grad_offset_mask_stride), number - 9 * pixel,
                    corner_gradient(dot, sample.lx, sample.ly), tile.scale * HalfTraits<T>::low(sample.word));
@@ -74,10 +74,10 @@ __device__ __forceinline__ void look_up_gradients(const WideSample (&samples)[kR
 }
 
 // S of a warp's row of output pixels: four lanes a pixel, a lane a parity, so that no two add to one cell.
-template <typename T, int D, int SIDE>
+template <typename T, int D>
 __device__ __forceinline__ void build_weights(const WideSample (&samples)[kRounds], uint32_t products, int first,
                                               int lane) {
-  using Shape = WideShape<D, SIDE>;
+  using Shape = WideShape<D>;
   constexpr int kPieces = Shape::kCells / 8;  // of 16 bytes, a row
 #pragma unroll
   for (int i = lane; i < 8 * kPieces; i += 32) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void build_weights(const WideSample (&samples)[kRound
     const int number = lane + 32 * i, pixel = number / 9;
     if (number >= kWideSamples) continue;
     const WideSample& sample = samples[i];
-    store_record<SIDE>(
+    store_record(
         products + (first + pixel) * Shape::kRow + Shape::kWeights + (number - 9 * pixel) * kRecordBytes, sample.left(),
         sample.top(), sample.lx, sample.ly, sample.word & WideSample::kAdds ? HalfTraits<T>::low(sample.word) : 0.f);
   }
@@ -98,19 +98,19 @@ __device__ __forceinline__ void build_weights(const WideSample (&samples)[kRound
   const uint32_t records = products + pixel * Shape::kRow + Shape::kWeights;
 #pragma unroll 3
   for (int tap = 0; tap < 9; ++tap) {
-    const ParityCorner<SIDE> corner(records + tap * kRecordBytes, odd_x, odd_y);
-    const uint32_t cell = row + 2 * (corner.x + corner.y * SIDE);
+    const ParityCorner corner(records + tap * kRecordBytes, odd_x, odd_y);
+    const uint32_t cell = row + 2 * (corner.x + corner.y * kWideSide);
     const float before = HalfTraits<T>::low(window::load_shared2(cell));
     window::store_shared2(cell, HalfTraits<T>::pack(before + corner.weight, 0.f));
   }
 }
 
-// Adds S^T * grad_output: the warp's tiles of 16 cells from `cell` on and 8 channels from piece `piece` on.
-template <typename T, int D, int SIDE>
+// Adds S^T * grad_output: the warp's tiles of 16 cells from `cell` on, all channels.
+template <typename T, int D>
 __device__ __forceinline__ void multiply_transposed(
-    float (&c)[WideShape<D, SIDE>::kTilesM][WideShape<D, SIDE>::kTilesN][4], uint32_t products, uint32_t grad_output,
-    int cell, int piece, int lane) {
-  using Shape = WideShape<D, SIDE>;
+    float (&c)[WideShape<D>::kTilesM][WideShape<D>::kTilesN][4], uint32_t products, uint32_t grad_output,
+    int cell, int lane) {
+  using Shape = WideShape<D>;
   const int low = (lane >> 3) & 1, high = lane >> 4;
 #pragma unroll 1
   for (int k = 0; k < 64; k += 16) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void multiply_transposed(
 #pragma unroll
     for (int pair = 0; pair < Shape::kTilesN; pair += 2) {
       uint32_t b[4];
-      load_fragments<true>(b, grad_output + tile_offset<D>(k + 8 * low + (lane & 7), piece + pair + high));
+      load_fragments<true>(b, grad_output + tile_offset<D>(k + 8 * low + (lane & 7), pair + high));
 #pragma unroll
       for (int m = 0; m < Shape::kTilesM; ++m) {
         HalfTraits<T>::mma(c[m][pair], a[m], b[0], b[1]);
@@ -132,12 +132,12 @@ __device__ __forceinline__ void multiply_transposed(
 }
 
 // Adds the warp's sums to the input gradient in memory: alone there where WHOLE, else by reductions.
-template <typename T, int D, int SIDE, bool WHOLE>
+template <typename T, int D, bool WHOLE>
 __device__ __forceinline__ void add_to_input_gradient(
-    const FarArgs& args, const WideWindow<SIDE, WHOLE>& window,
-    const float (&c)[WideShape<D, SIDE>::kTilesM][WideShape<D, SIDE>::kTilesN][4], uint32_t stage, int cell, int piece,
+    const FarArgs& args, const WideWindow<WHOLE>& window,
+    const float (&c)[WideShape<D>::kTilesM][WideShape<D>::kTilesN][4], uint32_t stage, int cell,
     int lane) {
-  using Shape = WideShape<D, SIDE>;
+  using Shape = WideShape<D>;
   const int low = (lane >> 3) & 1, high = lane >> 4;
 #pragma unroll
   for (int m = 0; m < Shape::kTilesM; ++m) {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void add_to_input_gradient(
     for (int pair = 0; pair < Shape::kTilesN; pair += 2) {
       const auto &left = c[m][pair], &right = c[m][pair + 1];
       window::store_matrices<4>(
-          stage + tile_offset<D>(cell + 16 * m + 8 * high + (lane & 7), piece + pair + low),
+          stage + tile_offset<D>(cell + 16 * m + 8 * high + (lane & 7), pair + low),
           {HalfTraits<T>::pack(left[0], left[1]), HalfTraits<T>::pack(right[0], right[1]),
            HalfTraits<T>::pack(left[2], left[3]), HalfTraits<T>::pack(right[2], right[3])});
     }
@@ -155,8 +155,8 @@ __device__ __forceinline__ void add_to_input_gradient(
   T* grad_input = static_cast<T*>(args.grad_input) + window.group * D;
 #pragma unroll 2
   for (int i = lane; i < 16 * Shape::kTilesM * Shape::kTilesN; i += 32) {
-    const int at = cell + i / Shape::kTilesN, part = piece + i % Shape::kTilesN;
-    const int x = window.x + at % SIDE, y = window.y + at / SIDE;
+    const int at = cell + i / Shape::kTilesN, part = i % Shape::kTilesN;
+    const int x = window.x + at % kWideSide, y = window.y + at / kWideSide;
     if (x >= args.tile.width_in || y >= args.tile.height_in) continue;
     const uint4 sum = window::load_shared16(stage + tile_offset<D>(at, part));
     if ((sum.x | sum.y | sum.z | sum.w) == 0) continue;
@@ -174,15 +174,14 @@ __device__ __forceinline__ void add_to_input_gradient(
 }
 
 // One window by the whole block.
-template <typename T, int D, int SIDE, bool WHOLE>
+template <typename T, int D, bool WHOLE>
 __device__ __forceinline__ void wide_window(const FarArgs& args, uint32_t number, uint32_t shared, int warp, int lane) {
-  using Shape = WideShape<D, SIDE>;
-  using Window = WideWindow<SIDE, WHOLE>;
+  using Shape = WideShape<D>;
+  using Window = WideWindow<WHOLE>;
   const TileArgs& tile = args.tile;
   const Params& p = args.p;
   const uint32_t input = shared, grad_output = input + Shape::kInput, products = grad_output + Shape::kGradOutput;
-  const int cell = 16 * Shape::kTilesM * (warp / Shape::kColumnParts);
-  const int piece = Shape::kTilesN * (warp % Shape::kColumnParts);
+  const int cell = 16 * Shape::kTilesM * warp;
   float sums[Shape::kTilesM][Shape::kTilesN][4] = {};
   bool some = false;
 #pragma unroll 1
@@ -202,7 +201,7 @@ __device__ __forceinline__ void wide_window(const FarArgs& args, uint32_t number
           input,
           static_cast<const T*>(args.input) +
               int64_t{window.n} * (tile.height_in * tile.width_in) * p.input_pixel_stride + window.group * D,
-          p.input_pixel_stride, window.x, window.y, SIDE == 16 ? 4 : 3, tile.width_in, tile.height_in, thread);
+          p.input_pixel_stride, window.x, window.y, 4, tile.width_in, tile.height_in, thread);
     }
     some = true;
     const int y = unit.u_y - tile.shift_y, x = unit.u_x - tile.shift_x;
@@ -216,33 +215,33 @@ __device__ __forceinline__ void wide_window(const FarArgs& args, uint32_t number
     const int64_t out = first_out + (y + warp) * tile.width_out + x;
     T* to = static_cast<T*>(tile.grad_offset_mask) + out * tile.grad_offset_mask_stride + 27 * window.group;
     WideSample samples[kRounds];
-    const unsigned left_over = take_samples<T, SIDE, WHOLE>(
+    const unsigned left_over = take_samples<T, WHOLE>(
         samples, tile, static_cast<const T*>(tile.offset_mask) + out * tile.offset_mask_stride + 27 * window.group, to,
         unit.u_x, unit.u_y + warp, far, first, window, lane);
     if (!WHOLE && lane < 8) tile.far_masks[32 * own + first + lane] = static_cast<uint16_t>(left_over);
     window::copy_wait<0>();
     __syncthreads();
 
-    multiply_cells<T, D, SIDE>(products, input, grad_output, warp, lane);
+    multiply_cells<T, D>(products, input, grad_output, warp, lane);
     __syncthreads();
-    look_up_gradients<T, SIDE, Shape::kRow>(samples, tile, products + 8 * warp * Shape::kRow, to, lane);
+    look_up_gradients<T, Shape::kRow>(samples, tile, products + 8 * warp * Shape::kRow, to, lane);
     __syncwarp();
-    build_weights<T, D, SIDE>(samples, products, 8 * warp, lane);
+    build_weights<T, D>(samples, products, 8 * warp, lane);
     __syncthreads();
-    if (cell < Shape::kCells) multiply_transposed<T, D, SIDE>(sums, products, grad_output, cell, piece, lane);
+    multiply_transposed<T, D>(sums, products, grad_output, cell, lane);
   }
-  if (some && cell < Shape::kCells) {
+  if (some) {
     const Window window(args, locate_unit(args, Window::upper_unit(args, number, 0)));
-    add_to_input_gradient<T, D, SIDE, WHOLE>(args, window, sums, input, cell, piece, lane);
+    add_to_input_gradient<T, D, WHOLE>(args, window, sums, input, cell, lane);
   }
 }
 
 // What a window needs: nothing, a gather of its few far samples, or dense products.
 enum class Need { kNothing, kGather, kProducts };
 
-template <int SIDE, bool WHOLE>
+template <bool WHOLE>
 __device__ __forceinline__ Need need_of(const FarArgs& args, uint32_t number) {
-  using Window = WideWindow<SIDE, WHOLE>;
+  using Window = WideWindow<WHOLE>;
   if (!Window::has_far_samples(args, number)) return Need::kNothing;
   const int pieces = Window::pieces(args), lower = Window::lower(args);
   int in_reach = 0;
@@ -255,9 +254,9 @@ __device__ __forceinline__ Need need_of(const FarArgs& args, uint32_t number) {
 }
 
 // The windows that need a gather, of those from `first` on: the warps take their units in turn.
-template <typename T, int D, int SIDE>
+template <typename T, int D>
 __device__ __forceinline__ void gather_windows(const FarArgs& args, uint32_t first, uint32_t flags, uint16_t* list) {
-  using Window = WideWindow<SIDE, true>;
+  using Window = WideWindow<true>;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   int turn = 0;
   for (int word = 0; word < kWideWarps; ++word) {
@@ -272,14 +271,14 @@ __device__ __forceinline__ void gather_windows(const FarArgs& args, uint32_t fir
   }
 }
 
-template <typename T, int D, int SIDE, bool WHOLE>
-__global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks)
+template <typename T, int D, bool WHOLE>
+__global__ void __launch_bounds__(kWideThreads, WideShape<D>::kBlocks)
     wide_kernel(const __grid_constant__ FarArgs args) {
 #if __CUDA_ARCH__ >= 900
-  using Window = WideWindow<SIDE, WHOLE>;
+  using Window = WideWindow<WHOLE>;
   extern __shared__ __align__(16) uint8_t wide_shared[];
   const uint32_t memory = window::smem_address(wide_shared);
-  const uint32_t flags = memory + WideShape<D, SIDE>::kShared - 8 * kWideWarps;
+  const uint32_t flags = memory + WideShape<D>::kShared - 8 * kWideWarps;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t windows = static_cast<uint32_t>(Window::count(args)), step = gridDim.x;
   window::wait_for_previous_kernel();
@@ -287,18 +286,18 @@ __global__ void __launch_bounds__(kWideThreads, WideShape<D, SIDE>::kBlocks)
   // at a time; then the block takes the windows with many.
   for (uint32_t first = blockIdx.x; first < windows; first += step * kWideThreads) {
     const uint32_t mine = first + step * threadIdx.x;
-    const Need need = mine < windows ? need_of<SIDE, WHOLE>(args, mine) : Need::kNothing;
+    const Need need = mine < windows ? need_of<WHOLE>(args, mine) : Need::kNothing;
     const unsigned dense = __ballot_sync(window::kAllLanes, need == Need::kProducts);
     const unsigned sparse = __ballot_sync(window::kAllLanes, need == Need::kGather);
     if (lane == 0) window::store_shared8(flags + 8 * warp, dense, sparse);
     if (!__syncthreads_or((dense | sparse) != 0)) continue;
     if constexpr (WHOLE) {
-      gather_windows<T, D, SIDE>(args, first, flags, reinterpret_cast<uint16_t*>(wide_shared) + warp * kUnitSamples);
+      gather_windows<T, D>(args, first, flags, reinterpret_cast<uint16_t*>(wide_shared) + warp * kUnitSamples);
       __syncthreads();
     }
     for (int word = 0; word < kWideWarps; ++word) {
       for (unsigned rest = window::load_shared(flags + 8 * word); rest; rest &= rest - 1) {
-        wide_window<T, D, SIDE, WHOLE>(args, first + step * (32 * word + __ffs(rest) - 1), memory, warp, lane);
+        wide_window<T, D, WHOLE>(args, first + step * (32 * word + __ffs(rest) - 1), memory, warp, lane);
       }
     }
     __syncthreads();

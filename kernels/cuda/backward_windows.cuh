@@ -5,29 +5,29 @@
 
 namespace dcngen::backward {
 
+constexpr int kWideSide = 16;  // of a window, in input pixels
+
 // A record of a sample for sums over the cells of its window. Of its four corners, one lies at each parity of (x, y):
 // the weights of its even and odd column, those of its even and odd row times the mask (0 outside the window), and its
 // place. A lane that owns a parity finds its corner without looking at the others.
 constexpr int kRecordBytes = 20;
 
-template <int SIDE>
 __device__ __forceinline__ void store_record(uint32_t to, int left, int top, float lx, float ly, float mask) {
   float column[2] = {}, row[2] = {};
 #pragma unroll
   for (int odd = 0; odd < 2; ++odd) {
     const int right = (left ^ odd) & 1, down = (top ^ odd) & 1;
-    if (static_cast<unsigned>(left + right) < SIDE) column[odd] = right ? lx : 1.f - lx;
-    if (static_cast<unsigned>(top + down) < SIDE) row[odd] = mask * (down ? ly : 1.f - ly);
+    if (static_cast<unsigned>(left + right) < kWideSide) column[odd] = right ? lx : 1.f - lx;
+    if (static_cast<unsigned>(top + down) < kWideSide) row[odd] = mask * (down ? ly : 1.f - ly);
   }
   window::store_shared(to, __float_as_uint(column[0]));
   window::store_shared(to + 4, __float_as_uint(column[1]));
   window::store_shared(to + 8, __float_as_uint(row[0]));
   window::store_shared(to + 12, __float_as_uint(row[1]));
-  window::store_shared(to + 16, (left + SIDE) | (top + SIDE) << 8);
+  window::store_shared(to + 16, (left + kWideSide) | (top + kWideSide) << 8);
 }
 
 // The corner of a record that belongs to the lane's parity. One outside the window adds 0 to some other cell.
-template <int SIDE>
 struct ParityCorner {
   float weight;
   int x, y;
@@ -36,26 +36,25 @@ struct ParityCorner {
     weight = __uint_as_float(window::load_shared(record + 4 * odd_x)) *
              __uint_as_float(window::load_shared(record + 8 + 4 * odd_y));
     const uint32_t at = ((place + ((1 - odd_x) | (1 - odd_y) << 8)) & 0xfefeu) | odd_x | odd_y << 8;
-    x = at & (SIDE - 1), y = at >> 8 & (SIDE - 1);
+    x = at & (kWideSide - 1), y = at >> 8 & (kWideSide - 1);
   }
 };
 
 constexpr int kWideWarps = 8, kWideThreads = 32 * kWideWarps;
 constexpr int kWideSamples = 72, kRounds = 3;  // of a warp: it owns one row of eight output pixels
 
-template <int D, int SIDE>
+template <int D>
 struct WideShape {
-  static constexpr int kCells = SIDE * SIDE;
+  static constexpr int kCells = kWideSide * kWideSide;
   // The row of an output pixel: first T; then S (16 bytes on in every other four rows, so that eight rows' pieces lie
-  // in different banks) and nine records. It is 8 (24) words past a multiple of 32: no conflicts where T is stored.
+  // in different banks) and nine records. It is 8 words past a multiple of 32: no conflicts where T is stored.
   static constexpr int kWeights = 2 * kCells + 16;
-  static constexpr int kRow = SIDE == 16 ? 4 * kCells + 32 : 4 * kCells + 96, kProducts = 64 * kRow;
+  static constexpr int kRow = 4 * kCells + 32, kProducts = 64 * kRow;
   static constexpr int kInput = kCells * 2 * D, kGradOutput = 64 * 2 * D;
   static constexpr int kShared = kInput + kGradOutput + kProducts + 8 * kWideWarps /* flags */;
-  static constexpr int kBlocks = SIDE == 16 ? 2 : 3;
+  static constexpr int kBlocks = 2;
   // grad_input: tiles of 16 cells x 8 channels; a warp computes kTilesM x kTilesN of them.
-  static constexpr int kColumnParts = SIDE == 8 && D >= 32 ? 2 : 1;
-  static constexpr int kTilesM = SIDE == 16 ? 2 : 1, kTilesN = D / 8 / kColumnParts;
+  static constexpr int kTilesM = 2, kTilesN = D / 8;
   static_assert(kShared + 1024 <= 228 * 1024 / kBlocks, "the blocks' shared memory");
   static_assert(kWeights + 9 * kRecordBytes <= kRow, "records stand behind the weights");
 
@@ -66,17 +65,15 @@ struct WideShape {
 
 // Where the window of 8x8 outputs whose upper left one is at u begins, along one axis, and whether all of a sample's
 // corners on the map lie in it.
-template <int SIDE>
 __device__ __forceinline__ int window_begin(int u, int length) {
-  return max(min(u + 4 - SIDE / 2, length - SIDE), 0);
+  return max(min(u + 4 - kWideSide / 2, length - kWideSide), 0);
 }
-template <int SIDE>
 __device__ __forceinline__ bool fits(int first, int begin, int length) {
-  return max(first, 0) >= begin && min(first + 1, length - 1) < begin + SIDE;
+  return max(first, 0) >= begin && min(first + 1, length - 1) < begin + kWideSide;
 }
 
 // Which window: a block's share of the work, and the 8x8 output pixels (two units) that belong to it.
-template <int SIDE, bool WHOLE>
+template <bool WHOLE>
 struct WideWindow {
   int n, group, x, y;
   static __host__ __device__ __forceinline__ int64_t count(const FarArgs& args) {
@@ -119,8 +116,8 @@ struct WideWindow {
     return some != 0;
   }
   __device__ __forceinline__ WideWindow(const FarArgs& args, const Unit& unit) : n(unit.n), group(unit.group) {
-    x = WHOLE ? 0 : window_begin<SIDE>(unit.u_x, args.tile.width_in);
-    y = WHOLE ? 0 : window_begin<SIDE>(unit.u_y, args.tile.height_in);
+    x = WHOLE ? 0 : window_begin(unit.u_x, args.tile.width_in);
+    y = WHOLE ? 0 : window_begin(unit.u_y, args.tile.height_in);
   }
 };
 
@@ -153,10 +150,10 @@ struct WideSample {
 // Lane l's samples l, l + 32, l + 64 of a warp's row, nine a pixel: those that are far (`far`, lane l: pixel l of the
 // unit, its first of the row `first`) and fit. Returns, as far_masks has it, what does not fit: lane l < 8 the bits of
 // pixel l of the row. `om`: the numbers of the row's first pixel, `to`: their gradients.
-template <typename T, int SIDE, bool WHOLE>
+template <typename T, bool WHOLE>
 __device__ __forceinline__ unsigned take_samples(WideSample (&samples)[kRounds], const TileArgs& tile, const T* om,
                                                  T* to, int u_x, int u_y, unsigned far, int first,
-                                                 const WideWindow<SIDE, WHOLE>& window, int lane) {
+                                                 const WideWindow<WHOLE>& window, int lane) {
   unsigned left_over = 0;
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
@@ -170,8 +167,8 @@ __device__ __forceinline__ unsigned take_samples(WideSample (&samples)[kRounds],
                                            tap, tile.scale);
       const Corners corners(sample, tile.width_in, tile.height_in);
       taken = !corners.counts || WHOLE ||
-              (fits<SIDE>(corners.left, window.x, tile.width_in) &&
-               fits<SIDE>(corners.top, window.y, tile.height_in));
+              (fits(corners.left, window.x, tile.width_in) &&
+               fits(corners.top, window.y, tile.height_in));
       if (!corners.counts) {
         store_gradient(to + pixel * static_cast<int>(tile.grad_offset_mask_stride), tap, {0.f, 0.f, 0.f}, 0.f);
       } else if (taken) {

@@ -165,6 +165,12 @@ bool small_map_applies(const Params& p);
 cudaError_t forward_small_map(const ForwardArgs& args, cudaStream_t stream);
 bool backward_small_map_applies(const Params& p);
 cudaError_t backward_small_map(const BackwardArgs& args, cudaStream_t stream);
+// medium_map_*.cu: likewise, of at most 8x8 pixels.
+bool medium_map_applies(const Params& p);
+cudaError_t forward_medium_map(const ForwardArgs& args, cudaStream_t stream);
+bool backward_medium_map_applies(const Params& p);
+int64_t backward_medium_map_workspace(const Params& p);  // of the sums, which it has
+cudaError_t backward_medium_map(const BackwardArgs& args, cudaStream_t stream);
 
 // forward_window.cu / backward_window.cu: dense products over a bounded window (see kernels/README.md).
 bool forward_window_applies(const Params& p);

@@ -7,8 +7,8 @@ namespace {
 
 template <int D>
 struct ForwardWarp {
-  static constexpr int PIXELS_AT = kTapsBytes, BYTES = PIXELS_AT + PairTile<D>::BYTES;
-  static_assert(kTapsBytes >= WeightRows::BYTES, "the weights take the place of the offsets and masks");
+  static constexpr int PIXELS_AT = kTapsBytes, BYTES = PIXELS_AT + Tile<D>::BYTES;
+  static_assert(kTapsBytes >= kWeightsBytes, "the weights take the place of the offsets and masks");
 };
 
 template <typename T, int D>
@@ -23,23 +23,19 @@ __global__ void __launch_bounds__(kThreads)
   const Task task(p, number);
   const uint32_t taps_at = window::smem_address(memory) + warp * ForwardWarp<D>::BYTES;
   const uint32_t pixels = taps_at + ForwardWarp<D>::PIXELS_AT;
-  copy_taps(taps_at, offset_mask, p, task, lane);
+  copy_taps<kSide, 32>(taps_at, offset_mask, p, task, lane);
   window::copy_commit();
-  copy_pixels<D>(pixels, input, p.input_stride, p.height_in, p.width_in, p, task, lane);
+  copy_pixels<D, kSide, 32>(pixels, input, p.input_stride, p.height_in, p.width_in, p, task, lane);
   window::copy_commit();
   window::copy_wait<1>();
   __syncwarp();
-  const Taps taps = own_taps(taps_at, p, task, lane);
-  const Places places(p, lane);
-  Weights weights;
+  const Taps taps = taps_of<kSide>(taps_at, p, task, lane & 15, lane >> 4);
+  const Anchor anchor = Anchor::of_pixel<kSide>(p, lane & 15);
+  OwnWeights weights;
 #pragma unroll
-  for (int k = 0; k < window::kTaps; ++k) {
-    const float2 at = places.of_tap<T>(taps, k / 3, k % 3);
-    // Selected, not multiplied away: the mask of a place that does not count may be NaN.
-    weights.add(at, places.counts(at) ? taps.mask<T>(k) : 0.f);
-  }
+  for (int k = 0; k < window::kTaps; ++k) weights.add(anchor.sample<T>(taps, k));
   __syncwarp();  // all lanes have their offsets and masks
-  weights.store<T>(taps_at, lane);
+  weights.store<T>(taps_at + lane * OwnWeights::PITCH);
   window::copy_wait<0>();
   __syncwarp();
   multiply_weights<T, D, false>(pixels, taps_at, pixels, lane);
@@ -51,28 +47,21 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   const Problem problem(args.p);
   constexpr int kBytes = kWarps * ForwardWarp<D>::BYTES;
   static_assert(kBytes <= kMostSharedBytes, "");
-  return launch_with_memory<forward_kernel<T, D>>(problem.blocks(), kThreads, kBytes, stream, window::bulk_copies(),
+  return launch_with_memory<forward_kernel<T, D>>(blocks(problem), kThreads, kBytes, stream, window::bulk_copies(),
                                                   problem, args.input, args.offset_mask, args.output);
 }
 
 }  // namespace
 }  // namespace small_map
 
-bool small_map_applies(const Params& p) {
-  const auto fits = [](int64_t size) { return size >= 1 && size <= small_map::kSide; };
-  const bool width = p.group_channels == 16 || p.group_channels == 32 || p.group_channels == 64;
-  return plain_3x3(p) && p.dtype != DCNGEN_FLOAT32 && width && fits(p.height_in) && fits(p.width_in) &&
-         fits(p.height_out) && fits(p.width_out) && p.input_pixel_stride % 8 == 0 &&
-         p.offset_mask_pixel_stride % 8 == 0 && p.output_pixel_stride % 8 == 0 && p.offset_mask_channels % 8 == 0 &&
-         p.offset_mask_channels >= window::kGroupValues * p.groups && p.batch * p.groups < int64_t{1} << 30;
-}
+bool small_map_applies(const Params& p) { return whole_map::applies(p, small_map::kSide); }
 
 cudaError_t forward_small_map(const ForwardArgs& args, cudaStream_t stream) {
   // Slices of wider tensors may begin anywhere.
   if (!aligned16(args.input) || !aligned16(args.offset_mask) || !aligned16(args.output)) {
     return forward_plain(args, stream);
   }
-  return small_map::for_type_and_channels(args.p, [&](auto type, auto channels) {
+  return whole_map::for_type_and_channels(args.p, [&](auto type, auto channels) {
     return small_map::launch_forward<decltype(type), channels()>(args, stream);
   });
 }

@@ -58,12 +58,13 @@ def many_cases() -> Iterator[Case]:
         yield f"many {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s)
 
 
-def small_map_cases() -> Iterator[Case]:
-    """The kernels for maps of at most 4x4 pixels, whose sizes above are 1x1 alone."""
-    for dtype, group_channels, size, std in product(DTYPES[1:], [16, 32, 64], [(3, 4, 4), (5, 3, 2)], [0.2, 8.0]):
+def whole_map_cases() -> Iterator[Case]:
+    """The kernels for maps of at most 4x4 and 8x8 pixels."""
+    sizes = [(3, 4, 4), (5, 3, 2), (3, 8, 8), (5, 7, 3)]
+    for dtype, group_channels, size, std in product(DTYPES[1:], [16, 32, 64], sizes, [0.2, 8.0]):
         geometry = Geometry(*size, 3, group_channels)
-        yield f"{geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s)
-        yield f"packed {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_packed(g, d, s)
+        yield f"whole map {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call(g, d, s)
+        yield f"whole map, packed {geometry} {dtype} {std}", lambda g=geometry, d=dtype, s=std: call_packed(g, d, s)
 
 
 def projected_cases() -> Iterator[Case]:
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run cases whose name contains this")
     options = parser.parse_args()
     projected.LEAST_PIXELS, linear_layer.LEAST_ROWS = 0, 1
-    cases = [*operator_cases(), *many_cases(), *small_map_cases(), *projected_cases(), *linear_cases()]
+    cases = [*operator_cases(), *many_cases(), *whole_map_cases(), *projected_cases(), *linear_cases()]
     cases = [case for case in cases if options.only in case[0]][:: options.every]
     for name, run in cases:
         try:

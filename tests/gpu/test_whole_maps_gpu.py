@@ -1,4 +1,4 @@
-"""Maps of at most 4x4 pixels in fp16 and bf16, which have kernels of their own."""
+"""Maps of at most 4x4 and of at most 8x8 pixels in fp16 and bf16, which have kernels of their own."""
 
 from __future__ import annotations
 
@@ -11,46 +11,60 @@ from dcngen.ops import dcnv4, dcnv4_packed
 from gpu.helpers import Geometry, check, check_tensors, make, native, reference
 
 HALVES = [torch.float16, torch.bfloat16]
-SIZES = [(1, 1), (2, 3), (3, 2), (4, 4), (4, 1), (1, 4), (3, 3)]
+SIZES = {
+    4: [(1, 1), (2, 3), (3, 2), (4, 4), (4, 1), (1, 4), (3, 3)],
+    8: [(8, 8), (7, 7), (5, 8), (8, 5), (8, 1), (1, 7), (4, 6), (6, 3)],
+}
+by_side = pytest.mark.parametrize("side", SIZES)
 
 
-def _fits(side: int, padding: int) -> bool:
-    return 1 <= side + 2 * padding - 2 <= 4
+def _fits(side: int, size: int, padding: int) -> bool:
+    return 1 <= size + 2 * padding - 2 <= side
 
 
 @pytest.mark.parametrize("offset_std", [0.3, 1.0, 3.0, 100.0])
 @pytest.mark.parametrize("group_channels", [16, 32, 64])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_matches_the_reference(dtype, group_channels, offset_std):
+@by_side
+def test_matches_the_reference(side, dtype, group_channels, offset_std):
     """Every size and padding with both maps small, odd and even numbers of groups, more images than a block has."""
-    for (height, width), padding, groups in product(SIZES, [0, 1, 2], [1, 2, 3]):
-        if _fits(height, padding) and _fits(width, padding):
+    for (height, width), padding, groups in product(SIZES[side], [0, 1, 2], [1, 2, 3]):
+        if _fits(side, height, padding) and _fits(side, width, padding):
             geometry = Geometry(7, height, width, groups, group_channels, padding=padding)
             check(geometry, dtype, offset_std=offset_std)
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_offset_scale(dtype, scale):
-    check(Geometry(5, 4, 4, 4, 32, offset_scale=scale), dtype, offset_std=0.7)
+@by_side
+def test_offset_scale(side, dtype, scale):
+    check(Geometry(5, side, side, 4, 32, offset_scale=scale), dtype, offset_std=0.7)
 
 
+@pytest.mark.parametrize("tiny", [0.0, 2.0**-24])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_whole_offsets(dtype):
-    """Places on pixels, on the outermost places that do not count (-1 and the side) and on those beside them."""
-    geometry = Geometry(40, 4, 3, 3, 16)
+@by_side
+def test_whole_offsets(side, dtype, tiny):
+    """Places on pixels, on the outermost places that do not count (-1 and the side) and on those beside them.
+
+    And so little beside them, on either side, that a coordinate in float32 does not show it; the cell, and so the
+    derivative, is another there.
+    """
+    geometry = Geometry(40, side, side - 1, 3, 16)
     value, offset_mask, grad = make(geometry, dtype)
     offsets = offset_mask[..., :81].unflatten(-1, (3, 27))[..., :18]
-    offsets.copy_(torch.randint(-5, 6, offsets.shape, device="cuda"))
+    whole = torch.randint(-side - 1, side + 2, offsets.shape, device="cuda")
+    offsets.copy_(torch.where(whole == 0, torch.randint_like(whole, -1, 2) * tiny, whole) if tiny else whole)
     tensors = value, offset_mask, grad
-    check_tensors(geometry, tensors, reference(geometry, *tensors, dtype=dtype), dtype)
+    check_tensors(geometry, tensors, reference(geometry, *tensors, dtype=torch.float64 if tiny else dtype), dtype)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 6e4])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_places_that_do_not_count(dtype, bad):
+@by_side
+def test_places_that_do_not_count(side, dtype, bad):
     """They contribute nothing and have no gradient, whatever their mask."""
-    geometry = Geometry(3, 4, 4, 3, 32)
+    geometry = Geometry(3, side, side, 3, 32)
     value, offset_mask, grad = make(geometry, dtype)
     groups = offset_mask[..., :81].unflatten(-1, (3, 27))
     groups[:, ::2, 1::2, :, 4] = bad
@@ -62,8 +76,9 @@ def test_places_that_do_not_count(dtype, bad):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_what_is_not_finite_stays_in_its_image_and_group(dtype):
-    geometry = Geometry(3, 4, 4, 4, 16)
+@by_side
+def test_what_is_not_finite_stays_in_its_image_and_group(side, dtype):
+    geometry = Geometry(3, side, side, 4, 16)
     value, offset_mask, grad = make(geometry, dtype)
     clean = native(geometry, value, offset_mask, grad)
     value[1, 2, 2, 16:32] = float("nan")
@@ -79,9 +94,10 @@ def test_what_is_not_finite_stays_in_its_image_and_group(dtype):
 @pytest.mark.parametrize("group_channels", [16, 32, 64])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("padding", [0, 8, 72])
-def test_packed(padding, dtype, group_channels, groups):
+@by_side
+def test_packed(side, padding, dtype, group_channels, groups):
     """One tensor for both: the padding is not read, whatever it holds, and its gradient is 0."""
-    geometry = Geometry(5, 4, 3, groups, group_channels)
+    geometry = Geometry(5, side, side - 1, groups, group_channels)
     value, offset_mask, grad = make(geometry, dtype, offset_std=0.8)
     channels = value.shape[3]
     tail = torch.full((*value.shape[:3], padding), float("nan"), device="cuda", dtype=dtype)
@@ -97,9 +113,10 @@ def test_packed(padding, dtype, group_channels, groups):
 
 
 @pytest.mark.parametrize("start", [1, 4, 8])
-def test_slices_of_wider_tensors(start):
+@by_side
+def test_slices_of_wider_tensors(side, start):
     """In place where 16-byte accesses fit, by a copy or the plain kernel where they do not."""
-    geometry = Geometry(4, 4, 4, 2, 32)
+    geometry = Geometry(4, side, side, 2, 32)
     tensors = make(geometry, torch.bfloat16)
     wide = [torch.cat([t.new_full((*t.shape[:3], start), float("nan")), t, t[..., :9]], -1) for t in tensors]
     slices = [w[..., start : start + t.shape[3]] for w, t in zip(wide, tensors, strict=True)]
@@ -107,15 +124,17 @@ def test_slices_of_wider_tensors(start):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_far_samples_are_reproducible_unasked(dtype):
-    geometry = Geometry(600, 4, 4, 5, 32)
+@by_side
+def test_far_samples_are_reproducible_unasked(side, dtype):
+    geometry = Geometry(600, side, side, 5, 32)
     tensors = make(geometry, dtype, offset_std=3.0)
     for first, second in zip(native(geometry, *tensors), native(geometry, *tensors), strict=True):
         assert torch.equal(first.nan_to_num(), second.nan_to_num()) and not first.isnan().any()
 
 
-def test_one_kernel_forward_and_one_backward():
-    geometry = Geometry(64, 4, 4, 8, 64)
+@by_side
+def test_one_kernel_forward_and_one_backward(side):
+    geometry = Geometry(64, side, side, 8, 64)
     value, offset_mask, grad = make(geometry, torch.bfloat16, offset_std=1.0)
     value.requires_grad_()
     offset_mask.requires_grad_()
@@ -124,4 +143,5 @@ def test_one_kernel_forward_and_one_backward():
         torch.autograd.grad(dcnv4(value, offset_mask, groups=8), (value, offset_mask), grad)
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if "dcngen" in event.name]
-    assert len(names) == 2 and all("small_map" in name for name in names), names
+    family = {4: "small_map", 8: "medium_map"}[side]
+    assert len(names) == 2 and all(family in name for name in names), names

@@ -1,0 +1,351 @@
+// Maps taken whole for the window, for fp16 and bf16: what the kernels for maps of at most 4x4 (small_map*.cu) and at most
+// 8x8 pixels (medium_map*.cu) share.
+//
+// All samples of so small a map fall on the same few pixels, near or far, so a group's bilinear weights are a dense matrix
+// W of outputs x inputs, with products like those of the window kernels but neither halo nor far samples:
+//   output      = W * input                      T = grad_output * input^T: a sample's gradients are four of its numbers
+//   grad_input  = W^T * grad_output
+// Two groups of an image are a task ("a pair"): their offsets and masks begin at a word of memory. A lane has one output
+// pixel of one group and computes that row of W. Pixel (y, x) of either map is number SIDE * y + x; numbers outside the map
+// stand for zeros.
+#pragma once
+
+#include <type_traits>
+
+#include "instructions.cuh"
+#include "launch.h"
+#include "window.cuh"
+
+namespace dcngen::whole_map {
+
+using window::Dtype;
+using window::Taps;
+
+using PairSpan = window::GroupSpan<2>;  // of offset_mask in shared memory
+constexpr int kPairNumbers = 2 * window::kGroupValues;
+
+// Two groups of PIXELS pixels in shared memory. The pitch spreads eight pixels, read at one chunk of 16 bytes, over all
+// banks.
+template <int D, int PIXELS>
+struct PairTile {
+  static constexpr int CHUNKS = D / 4, PITCH = 4 * D + 16, BYTES = PIXELS * PITCH;
+
+  // The lane's address for four 8x8 matrices of 16 channels from `first` on: their pixels are rows, and the second one
+  // has the lower pixels (`lower_second`), or the upper channels.
+  static __device__ __forceinline__ uint32_t matrices(uint32_t tile, int first, int lane, bool lower_second) {
+    const int i = lane >> 3, lower = lower_second ? i & 1 : i >> 1, upper = lower_second ? i >> 1 : i & 1;
+    return tile + ((lane & 7) + 8 * lower) * PITCH + 2 * (first + 8 * upper);
+  }
+};
+
+// What the kernels need of a call. Strides in bytes, from pixel to pixel.
+struct Problem {
+  int height_in, width_in, height_out, width_out;
+  int groups, channel_bytes, offset_mask_bytes;  // of a pixel
+  int64_t input_stride, offset_mask_stride, output_stride;
+  float first_x, first_y, scale;  // the middle tap of output (0, 0), offsets apart
+  uint32_t tasks;
+  window::FastDivide pairs;
+
+  explicit Problem(const Params& p)
+      : height_in(static_cast<int>(p.height_in)), width_in(static_cast<int>(p.width_in)),
+        height_out(static_cast<int>(p.height_out)), width_out(static_cast<int>(p.width_out)), groups(p.groups),
+        channel_bytes(2 * p.groups * p.group_channels), offset_mask_bytes(2 * p.offset_mask_channels),
+        input_stride(2 * p.input_pixel_stride), offset_mask_stride(2 * p.offset_mask_pixel_stride),
+        output_stride(2 * p.output_pixel_stride), first_x(1.f - p.pad_w), first_y(1.f - p.pad_h),
+        scale(p.offset_scale), tasks(static_cast<uint32_t>(p.batch * ((p.groups + 1) / 2))),
+        pairs((p.groups + 1) / 2) {}
+};
+
+// A task's image and pair.
+struct Task {
+  int pair;
+  int64_t image;
+  __device__ __forceinline__ Task(const Problem& p, uint32_t number) {
+    pair = static_cast<int>(p.pairs.split(number));
+    image = number;
+  }
+};
+
+// The index of pixel m in a map's memory, -1 outside the map.
+template <int SIDE>
+__device__ __forceinline__ int pixel_at(int m, int height, int width) {
+  const int y = m / SIDE, x = m % SIDE;
+  return y < height && x < width ? y * width + x : -1;
+}
+
+// Calls visit(i, inside, bytes) for the pixels first, first + STEP, ... of PIXELS: i from 0 on, whether the map has the pixel,
+// and, if so, how many bytes behind the map's first pixel it lies in memory.
+template <int SIDE, int STEP, int PIXELS, typename Visit>
+__device__ __forceinline__ void for_pixels(int first, int height, int width, int64_t stride, Visit visit) {
+  if constexpr (STEP % SIDE == 0) {  // whole rows: one multiplication for all
+    constexpr int ROWS = STEP / SIDE;
+    const int y = first / SIDE, x = first % SIDE;
+    int64_t bytes = (y * width + x) * stride;
+    const int64_t step = ROWS * width * stride;
+#pragma unroll
+    for (int i = 0; i < PIXELS / STEP; ++i, bytes += step) visit(i, x < width && y + i * ROWS < height, bytes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < PIXELS / STEP; ++i) {
+      const int pixel = pixel_at<SIDE>(first + i * STEP, height, width);
+      visit(i, pixel >= 0, pixel * stride);
+    }
+  }
+}
+
+// Begins copying the pair's channels of an image to shared memory, zeros where there are none; `thread` is one of THREADS.
+template <int D, int SIDE, int THREADS>
+__device__ __forceinline__ void copy_pixels(uint32_t tile, const void* tensor, int64_t stride, int height, int width,
+                                            const Problem& p, const Task& task, int thread) {
+  using Tile = PairTile<D, SIDE * SIDE>;
+  constexpr int STEP = THREADS / Tile::CHUNKS;
+  const int chunk = thread % Tile::CHUNKS, first = thread / Tile::CHUNKS, byte = task.pair * 4 * D + 16 * chunk;
+  const char* const image = static_cast<const char*>(tensor) + task.image * height * width * stride;
+  const uint32_t to = tile + first * Tile::PITCH + 16 * chunk;
+  for_pixels<SIDE, STEP, SIDE * SIDE>(first, height, width, stride, [&](int i, bool inside, int64_t bytes) {
+    const bool valid = inside && byte < p.channel_bytes;
+    window::copy_async16(to + i * STEP * Tile::PITCH, valid ? image + bytes + byte : image, valid);
+  });
+}
+
+// Begins copying the pair's offsets and masks to shared memory, zeros outside the map.
+template <int SIDE, int THREADS>
+__device__ __forceinline__ void copy_taps(uint32_t to, const void* offset_mask, const Problem& p, const Task& task,
+                                          int thread) {
+  constexpr int PIECES = PairSpan::NEEDED, STEP = THREADS / PIECES;
+  static_assert(PIECES == 8, "a power of two");
+  const int piece = thread % PIECES, first = thread / PIECES, byte = PairSpan::first_byte(2 * task.pair) + 16 * piece;
+  const char* const image = static_cast<const char*>(offset_mask) +
+                            task.image * p.height_out * p.width_out * p.offset_mask_stride;
+  const uint32_t own = to + first * PairSpan::PITCH + 16 * piece;
+  for_pixels<SIDE, STEP, SIDE * SIDE>(
+      first, p.height_out, p.width_out, p.offset_mask_stride, [&](int i, bool inside, int64_t bytes) {
+        const bool valid = inside && byte < p.offset_mask_bytes;
+        window::copy_async16(own + i * STEP * PairSpan::PITCH, valid ? image + bytes + byte : image, valid);
+      });
+}
+
+// Where the offsets and masks of output pixel m and group `unit` of the pair begin in shared memory: a multiple of 2.
+__device__ __forceinline__ uint32_t taps_at_pixel(uint32_t taps, const Task& task, int m, int unit) {
+  const int skip = 2 * window::kGroupValues * 2 * task.pair - PairSpan::first_byte(2 * task.pair);
+  return taps + m * PairSpan::PITCH + skip + unit * 2 * window::kGroupValues;
+}
+
+// Those offsets and masks; 0 where there is no such pixel or group.
+template <int SIDE>
+__device__ __forceinline__ Taps taps_of(uint32_t taps, const Problem& p, const Task& task, int m, int unit) {
+  const int group = 2 * task.pair + unit;
+  Taps own = window::load_taps(taps_at_pixel(taps, task, m, unit));
+  if (group >= p.groups || pixel_at<SIDE>(m, p.height_out, p.width_out) < 0) {
+#pragma unroll
+    for (int i = 0; i < 14; ++i) own.word[i] = 0;
+  }
+  return own;
+}
+
+// One axis of a sample: the input pixel before it, as a float, the distance from there, and whether the operator counts the
+// place: -1 < place < size, not a NaN. All but the place come from the displacement alone: added to a coordinate first, a
+// small one would lose its sign.
+struct Place {
+  float first, distance;
+  bool counts;
+  __device__ __forceinline__ Place(float anchor, float displacement, float size) {
+    const float down = floorf(displacement);
+    first = anchor + down, distance = displacement - down;
+    counts = (anchor + ceilf(displacement) >= 0.f) & (first < size);
+  }
+  __device__ __forceinline__ float place() const { return first + distance; }
+};
+
+// A sample and its mask, 0 where its place does not count: that mask may be NaN, or the place's.
+struct Sample {
+  Place x, y;
+  float mask;
+  bool counts;
+};
+
+// What a lane's samples lie around: its middle tap, offsets apart.
+struct Anchor {
+  float x, y, scale, width, height;
+  template <int SIDE>
+  static __device__ __forceinline__ Anchor of_pixel(const Problem& p, int m) {
+    return {p.first_x + m % SIDE, p.first_y + m / SIDE, p.scale, static_cast<float>(p.width_in),
+            static_cast<float>(p.height_in)};
+  }
+  // Of tap (i, j), i over width, with these offsets and this mask.
+  __device__ __forceinline__ Sample sample(float offset_x, float offset_y, float mask, int i, int j) const {
+    const Place at_x(x + (i - 1), fmaf(scale, offset_x, (scale - 1.f) * (i - 1)), width);
+    const Place at_y(y + (j - 1), fmaf(scale, offset_y, (scale - 1.f) * (j - 1)), height);
+    const bool counts = at_x.counts & at_y.counts;
+    return {at_x, at_y, counts ? mask : 0.f, counts};
+  }
+  // Of tap k = 3 * i + j.
+  template <typename T>
+  __device__ __forceinline__ Sample sample(const Taps& taps, int k) const {
+    return sample(Dtype<T>::low(taps.word[k]), Dtype<T>::high(taps.word[k]), taps.mask<T>(k), k / 3, k % 3);
+  }
+  // The same from where the offsets and masks begin in shared memory.
+  template <typename T>
+  __device__ __forceinline__ Sample load_sample(uint32_t taps, int i, int j) const {
+    const auto number = [&](int at) { return Dtype<T>::low(window::load_shared2(taps + 2 * at)); };
+    const int k = 3 * i + j;
+    return sample(number(2 * k), number(2 * k + 1), number(2 * window::kTaps + k), i, j);
+  }
+};
+
+// A lane's row of W, and rows of W in shared memory.
+template <int SIDE>
+struct Weights {
+  static constexpr int PITCH = 2 * SIDE * SIDE + 16;  // spread over the banks as PairTile's
+  float of[SIDE][SIDE] = {};
+
+  // Along an axis the bilinear weight of pixel c is the hat max(0, 1 - |place - c|), 0 for NaN.
+  __device__ __forceinline__ void add(const Sample& sample) {
+    const float x = sample.x.place(), y = sample.y.place();
+    float across[SIDE];
+#pragma unroll
+    for (int c = 0; c < SIDE; ++c) across[c] = __saturatef(1.f - fabsf(x - c));
+#pragma unroll
+    for (int r = 0; r < SIDE; ++r) {
+      const float down = sample.mask * __saturatef(1.f - fabsf(y - r));
+#pragma unroll
+      for (int c = 0; c < SIDE; ++c) of[r][c] = fmaf(down, across[c], of[r][c]);
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store(uint32_t row) const {
+    const float* const flat = &of[0][0];
+#pragma unroll
+    for (int i = 0; i < SIDE * SIDE; i += 8) {
+      window::store_shared16(row + 2 * i, Dtype<T>::pack(flat[i], flat[i + 1]), Dtype<T>::pack(flat[i + 2], flat[i + 3]),
+                             Dtype<T>::pack(flat[i + 4], flat[i + 5]), Dtype<T>::pack(flat[i + 6], flat[i + 7]));
+    }
+  }
+};
+
+// The lane's address for the fragments of 16 rows of W, or of its transpose: 16 of a row's numbers from `first` on.
+template <int SIDE, bool TRANSPOSED>
+__device__ __forceinline__ uint32_t weight_fragments(uint32_t rows, int first, int lane) {
+  const int i = lane >> 3, down = TRANSPOSED ? i >> 1 : i & 1, right = TRANSPOSED ? i & 1 : i >> 1;
+  return rows + ((lane & 7) + 8 * down) * Weights<SIDE>::PITCH + 2 * first + 16 * right;
+}
+
+// A lane's column of T in shared memory, floats, PITCH bytes from cell to cell: the input pixels, one cell of zeros before
+// every row and one behind the last, and then one more. So the pixels left and right of a row are zeros, and kNothing is
+// the first of two such cells.
+template <int SIDE, int PITCH_>
+struct ProductCells {
+  static constexpr int PITCH = PITCH_, kNothing = (SIDE + 1) * SIDE * PITCH, BYTES = kNothing + 2 * PITCH;
+  static __device__ __forceinline__ constexpr int at(int y, int x) { return ((SIDE + 1) * y + 1 + x) * PITCH; }
+  // By the lanes of the columns, before T is read.
+  static __device__ __forceinline__ void clear_edges(uint32_t column) {
+#pragma unroll
+    for (int y = 0; y <= SIDE; ++y) window::store_shared(column + at(y, -1), 0);
+    window::store_shared(column + kNothing + PITCH, 0);
+  }
+};
+
+// The gradients of a tap's offsets and mask. The derivative is that of the cell that floor() picks.
+template <typename Cells>
+struct TapGradient {
+  float x, y, mask;
+  template <int SIDE>
+  static __device__ __forceinline__ TapGradient of(const Sample& sample, float scale, uint32_t column) {
+    const float lx = sample.counts ? sample.x.distance : 0.f, ly = sample.counts ? sample.y.distance : 0.f;
+    const int first = static_cast<int>(fmaf(SIDE + 1, sample.y.first, sample.x.first)) * Cells::PITCH;  // of no use
+    const uint32_t nothing = column + Cells::kNothing;                                    // where it does not count
+    const bool above = sample.counts & (sample.y.first >= 0.f), below = sample.counts & (sample.y.first < SIDE - 1.f);
+    const uint32_t upper = above ? column + Cells::at(0, 0) + first : nothing;
+    const uint32_t lower = below ? column + Cells::at(1, 0) + first : nothing;
+    const auto load = [](uint32_t at) { return __uint_as_float(window::load_shared(at)); };
+    const float t00 = load(upper), t01 = load(upper + Cells::PITCH), t10 = load(lower), t11 = load(lower + Cells::PITCH);
+    const float slope_top = t01 - t00, slope_bottom = t11 - t10;
+    const float value_top = fmaf(lx, slope_top, t00), value_bottom = fmaf(lx, slope_bottom, t10);
+    const float factor = scale * sample.mask;
+    return {factor * fmaf(ly, slope_bottom - slope_top, slope_top), factor * (value_bottom - value_top),
+            fmaf(ly, value_bottom - value_top, value_top)};
+  }
+  // Among the staged gradients of a pixel's group: a second group's begin in the middle of a word.
+  template <typename T>
+  __device__ __forceinline__ void store(uint32_t stage, int tap) const {
+    const uint32_t pair = Dtype<T>::pack(x, y);
+    window::store_shared2(stage + 4 * tap, pair);
+    window::store_shared2(stage + 4 * tap + 2, pair >> 16);
+    window::store_shared2(stage + 4 * window::kTaps + 2 * tap, Dtype<T>::pack(mask, 0.f));
+  }
+};
+
+// Of the backward, too.
+struct BackwardProblem : Problem {
+  int64_t grad_input_stride, grad_offset_mask_stride;
+  int grad_offset_mask_bytes;  // of a pixel; what is behind the last group is written 0
+  explicit BackwardProblem(const Params& p)
+      : Problem(p), grad_input_stride(2 * p.grad_input_pixel_stride),
+        grad_offset_mask_stride(2 * p.grad_offset_mask_pixel_stride),
+        grad_offset_mask_bytes(2 * p.offset_mask_channels) {}
+};
+
+// Writes the pair's staged gradients of offset_mask, 16 of THREADS threads a pixel; a pair begins at a word of memory.
+constexpr int kNumbersPitch = 2 * kPairNumbers;
+template <int SIDE, int THREADS>
+__device__ __forceinline__ void write_numbers(void* tensor, uint32_t stage, const BackwardProblem& p, const Task& task,
+                                              int thread) {
+  constexpr int WORDS = kPairNumbers / 2, STEP = THREADS / 16;
+  static_assert(WORDS > 16 && WORDS <= 32, "two words a thread");
+  const int word = thread & 15, first = thread >> 4, begin = task.pair * kNumbersPitch;
+  const bool last = 2 * task.pair + 2 >= p.groups;  // its numbers, of one group or two, come with the padding
+  const int words = last ? (p.grad_offset_mask_bytes - begin) / 4 : WORDS;
+  char* image = static_cast<char*>(tensor) + task.image * p.height_out * p.width_out * p.grad_offset_mask_stride + begin;
+  const uint32_t own = stage + first * kNumbersPitch + 4 * word;
+  for_pixels<SIDE, STEP, SIDE * SIDE>(
+      first, p.height_out, p.width_out, p.grad_offset_mask_stride, [&](int i, bool inside, int64_t bytes) {
+        auto* const to = reinterpret_cast<uint32_t*>(image + bytes) + word;
+        const uint32_t from = own + i * STEP * kNumbersPitch;
+        if (inside && word < words) to[0] = window::load_shared(from);
+        if (inside && word + 16 < min(words, WORDS)) to[16] = window::load_shared(from + 64);
+      });
+  if (words <= WORDS) return;
+#pragma unroll 1
+  for (int m = first; m < SIDE * SIDE; m += STEP) {
+    const int pixel = pixel_at<SIDE>(m, p.height_out, p.width_out);
+    auto* to = reinterpret_cast<uint32_t*>(image + pixel * p.grad_offset_mask_stride);
+#pragma unroll 1
+    for (int at = WORDS + word; pixel >= 0 && at < words; at += 16) to[at] = 0;
+  }
+}
+
+// Whether the maps have at most `side` pixels a side and all else is as the kernels want it (host side).
+inline bool applies(const Params& p, int side) {
+  const auto fits = [&](int64_t size) { return size >= 1 && size <= side; };
+  const bool width = p.group_channels == 16 || p.group_channels == 32 || p.group_channels == 64;
+  return plain_3x3(p) && p.dtype != DCNGEN_FLOAT32 && width && fits(p.height_in) && fits(p.width_in) &&
+         fits(p.height_out) && fits(p.width_out) && p.input_pixel_stride % 8 == 0 &&
+         p.offset_mask_pixel_stride % 8 == 0 && p.output_pixel_stride % 8 == 0 && p.offset_mask_channels % 8 == 0 &&
+         p.offset_mask_channels >= window::kGroupValues * p.groups && p.batch * p.groups < int64_t{1} << 30;
+}
+
+inline bool backward_applies(const Params& p, int side) {
+  return applies(p, side) && p.grad_input_pixel_stride % 8 == 0 && p.grad_offset_mask_pixel_stride % 2 == 0;
+}
+
+inline bool aligned(const BackwardArgs& args) {
+  return aligned16(args.grad_output) && aligned16(args.input) && aligned16(args.offset_mask) &&
+         aligned16(args.grad_input) && aligned16(args.grad_offset_mask);
+}
+
+// Calls `launch` with a value of the call's type and its channels of a group, as constants (host side).
+template <typename Launch>
+cudaError_t for_type_and_channels(const Params& p, Launch launch) {
+  const auto with_type = [&](auto type) {
+    switch (p.group_channels) {
+      case 16: return launch(type, std::integral_constant<int, 16>{});
+      case 32: return launch(type, std::integral_constant<int, 32>{});
+      default: return launch(type, std::integral_constant<int, 64>{});
+    }
+  };
+  return p.dtype == DCNGEN_FLOAT16 ? with_type(__half{}) : with_type(__nv_bfloat16{});
+}
+
+}  // namespace dcngen::whole_map
