@@ -92,8 +92,8 @@ def test_with_nvcc_it_installs_cuda_kernels_that_load_without_a_gpu(machine, bui
     wheel = _wheel(tmp_path, result)
     spills = _spills(result.stdout, "sm_90") | _spills(result.stdout, "sm_90a")
     for kernel in ("forward_window_kernel", "forward_gather_kernel", "forward_projected_kernel", "tile_kernel",
-                   "sum_kernel", "far_kernel", "small_map", "medium_map", "forward_plain_kernel", "linear_forward_kernel",
-                   "linear_backward_kernel"):  # fmt: skip
+                   "sum_kernel", "far_kernel", "small_map", "medium_map", "forward_plain_kernel",
+                   "linear_forward_kernel", "linear_backward_kernel"):  # fmt: skip
         assert any(kernel in name for name in spills), f"{kernel} is not in the build log"
     assert not {name: size for name, size in spills.items() if size}
     assert _libraries(wheel) == ["dcngen/lib/libdcngen_cuda.so"]
