@@ -3,6 +3,7 @@
 #pragma once
 
 #include "medium_map.cuh"
+#include "whole_map_backward.cuh"
 
 namespace dcngen::medium_map {
 

@@ -1,5 +1,6 @@
 // The backward on maps of at most 4x4 pixels (small_map.cuh): no atomics, so every result is reproducible.
 #include "small_map.cuh"
+#include "whole_map_backward.cuh"
 
 namespace dcngen {
 namespace small_map {
