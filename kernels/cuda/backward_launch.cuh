@@ -193,7 +193,7 @@ cudaError_t launch_wide(const FarArgs& far, cudaStream_t stream) {
   using Shape = WideShape<D>;
   const int64_t windows = WideWindow<WHOLE>::count(far), most = window::multiprocessors() * Shape::kBlocks;
   return launch_with_memory<wide_kernel<T, D, WHOLE>>(windows < most ? windows : most, kWideThreads,
-                                                            Shape::kShared, stream, true, far);
+                                                      Shape::kShared, stream, true, far);
 }
 
 // A gather's time goes by samples and channels, that of products over a window does not. By measurement: the far

@@ -135,8 +135,7 @@ __device__ __forceinline__ void multiply_transposed(
 template <typename T, int D, bool WHOLE>
 __device__ __forceinline__ void add_to_input_gradient(
     const FarArgs& args, const WideWindow<WHOLE>& window,
-    const float (&c)[WideShape<D>::kTilesM][WideShape<D>::kTilesN][4], uint32_t stage, int cell,
-    int lane) {
+    const float (&c)[WideShape<D>::kTilesM][WideShape<D>::kTilesN][4], uint32_t stage, int cell, int lane) {
   using Shape = WideShape<D>;
   const int low = (lane >> 3) & 1, high = lane >> 4;
 #pragma unroll

@@ -78,6 +78,7 @@ def test_any_share_of_far_samples(offset_std, dtype):
 @pytest.mark.parametrize(
     "geometry",
     [Geometry(3, 7, 7, 3, 64), Geometry(2, 8, 8, 3, 16), Geometry(2, 14, 14, 3, 32), Geometry(2, 16, 9, 2, 64),
+     Geometry(2, 8, 8, 3, 32, padding=2),
      Geometry(1, 400, 400, 5, 32), Geometry(1, 400, 400, 2, 64)],
     ids=_name,
 )  # fmt: skip
