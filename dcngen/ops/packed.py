@@ -210,8 +210,8 @@ def _kernels_have_sums(packed: torch.Tensor, channels: int, scalars) -> bool:
 def for_window_kernels(packed: torch.Tensor, scalars) -> bool:
     """Whether the tensor and the window are what the CUDA kernels of half types for larger maps take.
 
-    That is 3x3, stride 1, dilation 1, masks as they are, and a map of more than 4x4: its kernels have neither the sums nor
-    a product after them.
+    That is 3x3, stride 1, dilation 1, masks as they are, and a map of more than 4x4: smaller ones have kernels with
+    neither the sums nor a product after them.
     """
     *window, _groups, _offset_scale, remove_center, softmax = scalars
     return (

@@ -108,6 +108,18 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t from) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
   return v;
 }
+// Where `counts`; leaves v as it is elsewhere.
+__device__ __forceinline__ void load_shared_if(bool counts, float& v, uint32_t from) {
+  asm volatile(
+      "{\n"
+      ".reg .pred counts;\n"
+      "setp.ne.b32 counts, %2, 0;\n"
+      "@counts ld.shared.f32 %0, [%1];\n"
+      "}\n"
+      : "+f"(v)
+      : "r"(from), "r"(static_cast<int>(counts))
+      : "memory");
+}
 __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"

@@ -1,80 +1,52 @@
 // The backward on maps of at most 8x8 pixels (medium_map.cuh): no atomics, so every result is reproducible. The sums of both
 // gradients over all pixels, where they are asked for: each block leaves a row of its own, and one more kernel adds the rows.
+#include "medium_map_gradients.cuh"
+#include "medium_map_rows.cuh"
 #include "medium_map_sums.cuh"
 
 namespace dcngen {
 namespace medium_map {
 namespace {
 
-// A warp's T in shared memory, as floats: number of the input pixel, then the lane of the output pixel. With this pitch
-// neither fragments on their way in nor neighbouring lanes with neighbouring samples share banks.
-struct Products : ProductCells<kSide, 40 * 4> {
-
-  template <typename T, int D>
-  static __device__ __forceinline__ void compute(uint32_t to, uint32_t grad_output, uint32_t input, int unit, int half,
-                                                 int lane) {
-    uint32_t b[D / 16][2][4];  // of grad_output: 16 channels, 16 pixels
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t at = grad_output + (kHalf * half + 16 * n) * Tile<D>::PITCH;
-        window::load_matrices(b[step][n], Tile<D>::matrices(at, unit * D + 16 * step, lane, false));
-      }
-    }
-    const uint32_t own = to + at(0, lane >> 2) + 8 * (lane & 3);
-#pragma unroll
-    for (int m = 0; m < kPixels / 16; ++m) {
-      float c[4][4] = {};
-#pragma unroll
-      for (int step = 0; step < D / 16; ++step) {
-        uint32_t a[4];
-        window::load_matrices(a, Tile<D>::matrices(input + 16 * m * Tile<D>::PITCH, unit * D + 16 * step, lane, true));
-#pragma unroll
-        for (int n = 0; n < 4; ++n) Dtype<T>::mma(c[n], a, b[step][n >> 1][2 * (n & 1)], b[step][n >> 1][2 * (n & 1) + 1]);
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const uint32_t row = own + at(2 * m, -1) + 32 * n;
-        window::store_shared8(row, __float_as_uint(c[n][0]), __float_as_uint(c[n][1]));
-        window::store_shared8(row + at(1, -1), __float_as_uint(c[n][2]), __float_as_uint(c[n][3]));
-      }
-    }
-    clear_edges(to + 4 * lane);
-    __syncwarp();
-  }
-};
-
+// Shared memory, which limits how many blocks there are: T begins where the offsets and masks were, once these are in
+// registers. In T's place come a warp's weights, results and sums; the gradients of offsets and masks take the input's, if
+// they fit.
 template <int D>
 struct BackwardBlock {
-  static constexpr int INPUT_AT = kTapsBytes, GRAD_AT = INPUT_AT + Tile<D>::BYTES;
-  static constexpr int PRODUCTS_AT = GRAD_AT + Tile<D>::BYTES, BYTES = PRODUCTS_AT + kWarps * Products::BYTES;
-  static_assert(kTapsBytes >= kPixels * kNumbersPitch, "their gradients take the place of offsets and masks");
-  static_assert(Products::BYTES >= kWeightsBytes + kWarpSumBytes<D>, "weights and sums take the place of T");
+  static constexpr int ROWS_PITCH = 2 * D + 16, ROWS_AT = kWeightsBytes, SUMS_AT = ROWS_AT + kHalf * ROWS_PITCH;
+  static constexpr int AFTER_PRODUCTS = (SUMS_AT + kWarpSumBytes<D> + 15) / 16 * 16;
+  static constexpr int WARP_BYTES = AFTER_PRODUCTS > Products::BYTES ? AFTER_PRODUCTS : Products::BYTES;
+  static constexpr int INPUT_AT = kWarps * WARP_BYTES, GRAD_AT = INPUT_AT + Tile<D>::BYTES;
+  static constexpr int END = GRAD_AT + Tile<D>::BYTES, NUMBERS_BYTES = kPixels * kNumbersPitch;
+  static constexpr bool IN_PLACE = NUMBERS_BYTES <= Tile<D>::BYTES;
+  static constexpr int NUMBERS_AT = IN_PLACE ? INPUT_AT : END, BYTES = IN_PLACE ? END : END + NUMBERS_BYTES;
+  static constexpr int BLOCKS = D == 64 ? 3 : 4;  // of a multiprocessor
+  static_assert(kTapsBytes <= INPUT_AT && BLOCKS * (BYTES + 1024) <= 228 * 1024, "");
 };
 
-// The input gradient of the warp's half and group, in the place of the input.
+// The input gradient of the warp's half and group, to rows of shared memory. `warps`: what the warps have there.
 template <typename T, int D>
-__device__ __forceinline__ void multiply_transposed(uint32_t input, uint32_t grad_output, uint32_t weights,
-                                                    int height_out, int unit, int half, int lane) {
+__device__ __forceinline__ void multiply_transposed(uint32_t to, uint32_t grad_output, uint32_t warps, int height_out,
+                                                    int unit, int half, int lane) {
+  using Block = BackwardBlock<D>;
   HalfSums<D> sums = {};
 #pragma unroll
   for (int step = 0; step < kPixels / 16; ++step) {  // of 16 output pixels
     const int of_half = step >> 1;
     if (!has_half(of_half, height_out)) break;
-    const uint32_t rows = weights + (2 * of_half + unit) * Products::BYTES + 16 * (step & 1) * OwnWeights::PITCH;
+    const uint32_t rows = warps + (2 * of_half + unit) * Block::WARP_BYTES + 16 * (step & 1) * OwnWeights::PITCH;
     const uint32_t own = weight_fragments<kSide, true>(rows, kHalf * half, lane);
     uint32_t a[2][4];
     window::load_matrices_transposed(a[0], own);
     window::load_matrices_transposed(a[1], own + 32);
     add_products<T, D>(sums, a, grad_output + 16 * step * Tile<D>::PITCH, unit * D, lane);
   }
-  store_sums<T, D, Tile<D>::PITCH>(input + kHalf * half * Tile<D>::PITCH + 2 * unit * D, sums, lane);
+  store_sums<T, D, Block::ROWS_PITCH>(to, sums, lane);
   __syncwarp();
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, D == 64 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, BackwardBlock<D>::BLOCKS)
     backward_kernel(const BackwardProblem p, const void* grad_output, const void* input, const void* offset_mask,
                     void* grad_input, void* grad_offset_mask, float* sums) {
   using Block = BackwardBlock<D>;
@@ -83,50 +55,49 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 2 : 3)
   window::let_next_kernel_begin();
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, unit = warp & 1, half = warp >> 1;
   const Task task(p, blockIdx.x);
-  const uint32_t taps_at = window::smem_address(memory), input_at = taps_at + Block::INPUT_AT;
-  const uint32_t grad_at = taps_at + Block::GRAD_AT, products = taps_at + Block::PRODUCTS_AT;
-  const uint32_t own = products + warp * Products::BYTES;
+  const uint32_t warps = window::smem_address(memory), own = warps + warp * Block::WARP_BYTES;
+  const uint32_t input_at = warps + Block::INPUT_AT, grad_at = warps + Block::GRAD_AT;
+  const uint32_t numbers = warps + Block::NUMBERS_AT;
+  copy_taps<kSide, kThreads>(warps, offset_mask, p, task, thread);
   copy_pixels<D, kSide, kThreads>(input_at, input, p.input_stride, p.height_in, p.width_in, p, task, thread);
   copy_pixels<D, kSide, kThreads>(grad_at, grad_output, p.output_stride, p.height_out, p.width_out, p, task, thread);
-  copy_taps<kSide, kThreads>(taps_at, offset_mask, p, task, thread);
   window::copy_commit();
   window::copy_wait<0>();
   __syncthreads();
   const bool has_group = 2 * task.pair + unit < p.groups, busy = has_group && has_half(half, p.height_out);
   const int m = kHalf * half + lane;
   Taps taps;
-  if (busy) {
-    taps = taps_of<kSide>(taps_at, p, task, m, unit);
-    Products::compute<T, D>(own, grad_at, input_at, unit, half, lane);
-  }
-  __syncthreads();  // all have their offsets and masks, and their products with the input
-  const uint32_t stage = taps_at + m * kNumbersPitch + unit * kNumbersPitch / 2;
+  if (busy) taps = window::load_taps(taps_at_pixel(warps, task, m, unit));  // zeros where there is no pixel
+  __syncthreads();  // all have their offsets and masks
+  if (busy) Products::compute<T, D>(own, grad_at, input_at, unit, half, lane);
+  if (Block::IN_PLACE) __syncthreads();  // all have their products with the input
+  const uint32_t stage = numbers + m * kNumbersPitch + unit * kNumbersPitch / 2, row = own + lane * OwnWeights::PITCH;
   if (!has_group) {  // a pair's second: padding
     for (int i = 0; i < window::kGroupValues; ++i) window::store_shared2(stage + 2 * i, 0);
-  } else if (busy) {
-    const Anchor anchor = Anchor::of_pixel<kSide>(p, m);
-    OwnWeights weights;
-#pragma unroll
-    for (int k = 0; k < window::kTaps; ++k) {
-      const Sample sample = anchor.sample<T>(taps, k);
-      TapGradient<Products>::of<kSide>(sample, p.scale, own + 4 * lane).template store<T>(stage, k);
-      weights.add(sample);
-    }
+  } else if (busy && all_near<T>(taps, p.scale)) {
+    float stencil[5][5];
+    differentiate_near<T>(stencil, stage, taps, own, p, m, lane);
     __syncwarp();  // all lanes have read their products
-    weights.store<T>(own + lane * OwnWeights::PITCH);
+    store_stencil<T>(row, stencil, p.first_x + m % kSide - 2, p.first_y + m / kSide - 2);
+  } else if (busy) {
+    OwnWeights weights;
+    differentiate<T>(weights, stage, taps, own, p, m, lane);
+    __syncwarp();
+    weights.store<T>(row);
   }
   __syncthreads();
-  write_numbers<kSide, kThreads>(grad_offset_mask, taps_at, p, task, thread);
-  if (sums != nullptr) sum_numbers<T>(own + kWeightsBytes, taps_at, p, warp, lane);
+  write_numbers<kSide, kThreads>(grad_offset_mask, numbers, p, task, thread);
+  if (sums != nullptr) sum_numbers<T>(own + Block::SUMS_AT, numbers, p, warp, lane);
   if (has_group && has_half(half, p.height_in)) {
-    multiply_transposed<T, D>(input_at, grad_at, products, p.height_out, unit, half, lane);
-    const uint32_t rows = input_at + kHalf * half * Tile<D>::PITCH + 2 * unit * D;
-    write_half<D, Tile<D>::PITCH>(grad_input, p.grad_input_stride, p.height_in, p.width_in, rows, task, unit, half, lane);
-    if (sums != nullptr) sum_channels<T, D>(own + kWeightsBytes, rows, p, half, lane);
+    const uint32_t rows = own + Block::ROWS_AT;
+    multiply_transposed<T, D>(rows, grad_at, warps, p.height_out, unit, half, lane);
+    write_half<D, Block::ROWS_PITCH>(grad_input, p.grad_input_stride, p.height_in, p.width_in, rows, task, unit, half,
+                                     lane);
+    if (sums != nullptr) sum_channels<T, D, Block::ROWS_PITCH>(own + Block::SUMS_AT, rows, p, half, lane);
   }
   if (sums == nullptr) return;
   __syncthreads();
-  add_sums<D>(sums + int64_t{blockIdx.x} * kSumRow<D>, products + kWeightsBytes, Products::BYTES, p, thread);
+  add_sums<D>(sums + int64_t{blockIdx.x} * kSumRow<D>, warps + Block::SUMS_AT, Block::WARP_BYTES, p, thread);
 }
 
 template <typename T, int D>

@@ -1,5 +1,5 @@
 // The forward on maps of at most 8x8 pixels (medium_map.cuh), whether these kernels apply, and the launch.
-#include "medium_map.cuh"
+#include "medium_map_rows.cuh"
 
 namespace dcngen {
 namespace medium_map {
@@ -13,7 +13,7 @@ struct ForwardBlock {
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 5)
+__global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 6)
     forward_kernel(const Problem p, const void* input, const void* offset_mask, void* output) {
   using Block = ForwardBlock<D>;
   extern __shared__ __align__(16) uint8_t memory[];
@@ -31,15 +31,9 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 5)
   __syncthreads();
   const bool busy = 2 * task.pair + unit < p.groups && has_half(half, p.height_out);
   if (busy) {
-    const uint32_t taps = taps_at_pixel(taps_at, task, kHalf * half + lane, unit);  // zeros where there is no pixel
-    const Anchor anchor = Anchor::of_pixel<kSide>(p, kHalf * half + lane);
-    OwnWeights weights;
-#pragma unroll 1  // all nine at once would not fit in registers
-    for (int i = 0; i < 3; ++i) {
-#pragma unroll
-      for (int j = 0; j < 3; ++j) weights.add(anchor.load_sample<T>(taps, i, j));
-    }
-    weights.store<T>(rows + lane * OwnWeights::PITCH);
+    const int m = kHalf * half + lane;
+    const uint32_t from = taps_at_pixel(taps_at, task, m, unit);  // zeros where there is no pixel
+    build_row<T>(rows + lane * OwnWeights::PITCH, from, p, m);
   }
   window::copy_wait<0>();
   __syncthreads();

@@ -30,9 +30,9 @@ __device__ __forceinline__ void sum_numbers(uint32_t to, uint32_t stage, const P
   window::store_shared8(to + 8 * lane, __float_as_uint(low), __float_as_uint(high));
 }
 
-// Of the warp's half of its group's input gradient, at `rows`. A lane has a word of the channels, two of them, of every
-// PARTS-th pixel.
-template <typename T, int D>
+// Of the warp's half of its group's input gradient, in rows of shared memory PITCH bytes apart. A lane has a word of the
+// channels, two of them, of every PARTS-th pixel.
+template <typename T, int D, int PITCH>
 __device__ __forceinline__ void sum_channels(uint32_t to, uint32_t rows, const Problem& p, int half, int lane) {
   constexpr int WORDS = D / 2, PARTS = 32 / WORDS;
   const int word = lane % WORDS, part = lane / WORDS;
@@ -40,7 +40,7 @@ __device__ __forceinline__ void sum_channels(uint32_t to, uint32_t rows, const P
 #pragma unroll
   for (int i = 0; i < kHalf; i += PARTS) {
     const int m = i + part;
-    const uint32_t both = window::load_shared(rows + m * Tile<D>::PITCH + 4 * word);
+    const uint32_t both = window::load_shared(rows + m * PITCH + 4 * word);
     const bool inside = pixel_at<kSide>(kHalf * half + m, p.height_in, p.width_in) >= 0;
     low += inside ? Dtype<T>::low(both) : 0.f, high += inside ? Dtype<T>::high(both) : 0.f;
   }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < window::kTaps; ++k) {
     const Sample sample = anchor.sample<T>(taps, k);
-    TapGradient<Products>::of<kSide>(sample, p.scale, products + 4 * lane).template store<T>(stage, k);
+    TapGradient<Products>::of<kSide>(sample, p.scale.scale, products + 4 * lane, lane).template store<T>(stage, k);
     weights.add(sample);
   }
   __syncwarp();

@@ -43,7 +43,8 @@ struct Problem {
   int height_in, width_in, height_out, width_out;
   int groups, channel_bytes, offset_mask_bytes;  // of a pixel
   int64_t input_stride, offset_mask_stride, output_stride;
-  float first_x, first_y, scale;  // the middle tap of output (0, 0), offsets apart
+  int first_x, first_y;  // the middle tap of output (0, 0), offsets apart
+  window::OffsetScale scale;
   uint32_t tasks;
   window::FastDivide pairs;
 
@@ -52,7 +53,7 @@ struct Problem {
         height_out(static_cast<int>(p.height_out)), width_out(static_cast<int>(p.width_out)), groups(p.groups),
         channel_bytes(2 * p.groups * p.group_channels), offset_mask_bytes(2 * p.offset_mask_channels),
         input_stride(2 * p.input_pixel_stride), offset_mask_stride(2 * p.offset_mask_pixel_stride),
-        output_stride(2 * p.output_pixel_stride), first_x(1.f - p.pad_w), first_y(1.f - p.pad_h),
+        output_stride(2 * p.output_pixel_stride), first_x(1 - p.pad_w), first_y(1 - p.pad_h),
         scale(p.offset_scale), tasks(static_cast<uint32_t>(p.batch * ((p.groups + 1) / 2))),
         pairs((p.groups + 1) / 2) {}
 };
@@ -170,8 +171,8 @@ struct Anchor {
   float x, y, scale, width, height;
   template <int SIDE>
   static __device__ __forceinline__ Anchor of_pixel(const Problem& p, int m) {
-    return {p.first_x + m % SIDE, p.first_y + m / SIDE, p.scale, static_cast<float>(p.width_in),
-            static_cast<float>(p.height_in)};
+    return {static_cast<float>(p.first_x + m % SIDE), static_cast<float>(p.first_y + m / SIDE), p.scale.scale,
+            static_cast<float>(p.width_in), static_cast<float>(p.height_in)};
   }
   // Of tap (i, j), i over width, with these offsets and this mask.
   __device__ __forceinline__ Sample sample(float offset_x, float offset_y, float mask, int i, int j) const {
@@ -184,13 +185,6 @@ struct Anchor {
   template <typename T>
   __device__ __forceinline__ Sample sample(const Taps& taps, int k) const {
     return sample(Dtype<T>::low(taps.word[k]), Dtype<T>::high(taps.word[k]), taps.mask<T>(k), k / 3, k % 3);
-  }
-  // The same from where the offsets and masks begin in shared memory.
-  template <typename T>
-  __device__ __forceinline__ Sample load_sample(uint32_t taps, int i, int j) const {
-    const auto number = [&](int at) { return Dtype<T>::low(window::load_shared2(taps + 2 * at)); };
-    const int k = 3 * i + j;
-    return sample(number(2 * k), number(2 * k + 1), number(2 * window::kTaps + k), i, j);
   }
 };
 

@@ -9,10 +9,18 @@ namespace dcngen::whole_map {
 // A lane's column of T in shared memory, floats, PITCH bytes from cell to cell: the input pixels, one cell of zeros before
 // every row and one behind the last, and then one more. So the pixels left and right of a row are zeros, and kNothing is
 // the first of two such cells.
-template <int SIDE, int PITCH_>
+// Where TURNED, a cell is 32 numbers without a gap, and the lanes' places go round by eight from pixel to pixel of a row,
+// so that eight bytes of eight pixels lie in different banks.
+template <int SIDE, int PITCH_, bool TURNED = false>
 struct ProductCells {
   static constexpr int PITCH = PITCH_, kNothing = (SIDE + 1) * SIDE * PITCH, BYTES = kNothing + 2 * PITCH;
+  static_assert(!TURNED || PITCH == 32 * 4, "a cell is a round");
   static __device__ __forceinline__ constexpr int at(int y, int x) { return ((SIDE + 1) * y + 1 + x) * PITCH; }
+  // The lane's place in the cells of pixels x, behind `column`: 0 where the column is the lane's own.
+  static __device__ __forceinline__ int turn(int lane, int x) {
+    return TURNED ? (4 * lane + 32 * x) & (PITCH - 1) : 0;
+  }
+  static __device__ __forceinline__ int next(int turn) { return TURNED ? (turn + 32) & (PITCH - 1) : 0; }
   // By the lanes of the columns, before T is read.
   static __device__ __forceinline__ void clear_edges(uint32_t column) {
 #pragma unroll
@@ -26,15 +34,16 @@ template <typename Cells>
 struct TapGradient {
   float x, y, mask;
   template <int SIDE>
-  static __device__ __forceinline__ TapGradient of(const Sample& sample, float scale, uint32_t column) {
+  static __device__ __forceinline__ TapGradient of(const Sample& sample, float scale, uint32_t column, int lane) {
     const float lx = sample.counts ? sample.x.distance : 0.f, ly = sample.counts ? sample.y.distance : 0.f;
     const int first = static_cast<int>(fmaf(SIDE + 1, sample.y.first, sample.x.first)) * Cells::PITCH;  // of no use
     const uint32_t nothing = column + Cells::kNothing;                                    // where it does not count
     const bool above = sample.counts & (sample.y.first >= 0.f), below = sample.counts & (sample.y.first < SIDE - 1.f);
     const uint32_t upper = above ? column + Cells::at(0, 0) + first : nothing;
     const uint32_t lower = below ? column + Cells::at(1, 0) + first : nothing;
+    const int left = Cells::turn(lane, static_cast<int>(sample.x.first)), right = Cells::next(left) + Cells::PITCH;
     const auto load = [](uint32_t at) { return __uint_as_float(window::load_shared(at)); };
-    const float t00 = load(upper), t01 = load(upper + Cells::PITCH), t10 = load(lower), t11 = load(lower + Cells::PITCH);
+    const float t00 = load(upper + left), t01 = load(upper + right), t10 = load(lower + left), t11 = load(lower + right);
     const float slope_top = t01 - t00, slope_bottom = t11 - t10;
     const float value_top = fmaf(lx, slope_top, t00), value_bottom = fmaf(lx, slope_bottom, t10);
     const float factor = scale * sample.mask;
