@@ -145,11 +145,12 @@ def test_with_the_product_after_it(monkeypatch):
 
 
 @pytest.mark.parametrize("offset_std", [0.2, 1.0])
+@pytest.mark.parametrize(("images", "side"), [(16, 64), (1024, 8)])
 @pytest.mark.parametrize("group_channels", [16, 32, 64])
-def test_peak_memory_is_inputs_outputs_and_gradients(group_channels, offset_std):
+def test_peak_memory_is_inputs_outputs_and_gradients(group_channels, images, side, offset_std):
     """And 5 % of them, with the sums: the rows that the units leave of them are part of that."""
     needs_window_backward()
-    geometry = Geometry(16, 64, 64, 128 // group_channels, group_channels)
+    geometry = Geometry(images, side, side, 128 // group_channels, group_channels)
     packed, bias, grad, *parts = packed_case(geometry, torch.bfloat16, offset_std)
     del parts
     dcnv4_packed(packed, bias, channels=128, **geometry.options).backward(grad)
@@ -162,5 +163,5 @@ def test_peak_memory_is_inputs_outputs_and_gradients(group_channels, offset_std)
     torch.cuda.synchronize()
     size = sum(t.numel() * t.element_size() for t in (packed, grad))
     share = (torch.cuda.max_memory_allocated() - before - size) / (2 * size)
-    print(f"D = {group_channels}, deviation {offset_std}: {share:.2%} beside inputs, outputs and gradients")
+    print(f"{side}x{side}, D = {group_channels}, deviation {offset_std}: {share:.2%} beside inputs, output, gradients")
     assert share <= 0.05
