@@ -1,4 +1,4 @@
-"""Inputs, the float64 reference and the error rule shared by the GPU tests."""
+"""Inputs, the float64 reference and the error rules shared by the tests of the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ class Geometry:
         return extent(self.height, self.kernel[0]), extent(self.width, self.kernel[1])
 
 
-def make(geometry: Geometry, dtype: torch.dtype, *, offset_std: float = 0.4, seed: int = 0):
-    """(input, offset_mask, grad_output) on the GPU; the padding channels hold NaN, which nobody may read."""
-    g, generator = geometry, torch.Generator("cuda").manual_seed(seed)
+def make(geometry: Geometry, dtype: torch.dtype, *, offset_std: float = 0.4, seed: int = 0, device: str = "cuda"):
+    """(input, offset_mask, grad_output); the padding channels hold NaN, which nobody may read."""
+    g, generator = geometry, torch.Generator(device).manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, device="cuda")
+        return torch.randn(*shape, generator=generator, device=device)
 
     h, w = g.output_size()
     p, used = offset_mask_channels(g.groups, g.kernel_size, g.remove_center), 3 * g.groups * g.taps
-    offset_mask = torch.full((g.batch, h, w, p), float("nan"), device="cuda")
+    offset_mask = torch.full((g.batch, h, w, p), float("nan"), device=device)
     per_group = torch.cat([normal(g.batch, h, w, g.groups, 2 * g.taps) * offset_std,
                            normal(g.batch, h, w, g.groups, g.taps)], -1)  # fmt: skip
     offset_mask[..., :used] = per_group.flatten(-2)
@@ -158,6 +158,29 @@ def assert_close(geometry: Geometry, got, exact, plain, dtype: torch.dtype, *, u
         error = (ours.detach().double() - best.detach()).abs().max().item()
         allowed = 2 * (same_dtype.detach().double() - best.detach()).abs().max().item() + units * EPSILON[dtype] * scale
         assert error <= allowed, f"{name} of {geometry} in {dtype}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_sums(geometry: Geometry, got, value, offset_mask, grad, dtype: torch.dtype) -> None:
+    """As exact as sums of independently rounded numbers: a few units of what rounding each of them alone gives.
+
+    And twice what the plain formula errs in float32, which may see a place on the other side of a line of the grid.
+    """
+    _, of_value, of_numbers = reference(geometry, value, offset_mask, grad)
+    plain = reference(geometry, value, offset_mask, grad, dtype=torch.float32)
+    masks = offset_mask.double().unflatten(-1, (geometry.groups, 27))[..., 18:].abs().sum(-1)
+    of_pixels = grad.double().unflatten(-1, (geometry.groups, -1)) * masks.nan_to_num().unsqueeze(-1)
+    used, end = of_numbers.shape[3], len(got) - value.shape[3]
+    for part, exact, single, terms in (
+        (got[end:], of_value, plain[1], of_pixels.flatten(-2)),
+        (got[:used], of_numbers, plain[2], of_numbers),
+    ):
+        scale = EPSILON[dtype] * (terms.square().sum((0, 1, 2)) + exact.square().sum((0, 1, 2))).sqrt()
+        exact = exact.sum((0, 1, 2))
+        error, of_plain = (part.double() - exact).abs(), (single.double().sum((0, 1, 2)) - exact).abs()
+        usual = (of_plain / (scale + 1e-30)).median()  # of all channels: a place on the other side is one channel's
+        allowed = (4 + 16 * usual) * scale + 2 * of_plain + 2 * EPSILON[dtype] * exact.abs() + 1e-6
+        assert (error <= allowed).all(), (error / allowed).max()
+    assert (got[used:end] == 0).all()
 
 
 def check(geometry: Geometry, dtype: torch.dtype, **options) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dcngen.nn import DCNv4
 from dcngen.ops import dcnv4_packed, dcnv4_packed_linear, projected
-from gpu.helpers import DTYPES, EPSILON, Geometry, has_window_backward, make, needs_window_backward, reference
+from gpu.helpers import DTYPES, Geometry, assert_sums, has_window_backward, make, needs_window_backward
 
 # From one unit of 8x4 pixels to some thousand; with offsets of deviation 0.3 some have far samples and others none.
 SIZES = [(1, 1, 1), (2, 13, 21), (43, 7, 9), (50, 13, 21), (44, 8, 8), (400, 6, 5), (45, 1, 17)]
@@ -22,29 +22,6 @@ def packed_case(geometry: Geometry, dtype: torch.dtype, offset_std: float):
     offset_mask = offset_mask[..., :used]
     packed = torch.cat([offset_mask, tail, value], -1)
     return packed.requires_grad_(), packed[0, 0, 0].detach().clone().requires_grad_(), grad, value, offset_mask
-
-
-def assert_sums(geometry: Geometry, got, value, offset_mask, grad, dtype: torch.dtype) -> None:
-    """As exact as sums of independently rounded numbers: a few units of what rounding each of them alone gives.
-
-    And twice what the plain formula errs in float32, which may see a place on the other side of a line of the grid.
-    """
-    _, of_value, of_numbers = reference(geometry, value, offset_mask, grad)
-    plain = reference(geometry, value, offset_mask, grad, dtype=torch.float32)
-    masks = offset_mask.double().unflatten(-1, (geometry.groups, 27))[..., 18:].abs().sum(-1)
-    of_pixels = grad.double().unflatten(-1, (geometry.groups, -1)) * masks.nan_to_num().unsqueeze(-1)
-    used, end = of_numbers.shape[3], len(got) - value.shape[3]
-    for part, exact, single, terms in (
-        (got[end:], of_value, plain[1], of_pixels.flatten(-2)),
-        (got[:used], of_numbers, plain[2], of_numbers),
-    ):
-        scale = EPSILON[dtype] * (terms.square().sum((0, 1, 2)) + exact.square().sum((0, 1, 2))).sqrt()
-        exact = exact.sum((0, 1, 2))
-        error, of_plain = (part.double() - exact).abs(), (single.double().sum((0, 1, 2)) - exact).abs()
-        usual = (of_plain / (scale + 1e-30)).median()  # of all channels: a place on the other side is one channel's
-        allowed = (4 + 16 * usual) * scale + 2 * of_plain + 2 * EPSILON[dtype] * exact.abs() + 1e-6
-        assert (error <= allowed).all(), (error / allowed).max()
-    assert (got[used:end] == 0).all()
 
 
 @pytest.mark.parametrize("offset_std", [0.2, 0.3, 1.0, 8.0])

@@ -1,0 +1,89 @@
+"""The CUDA kernels as a library of the CPU: translated, compiled by the machine's C++ compiler, loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .translate import translate
+
+_MACHINE = Path(__file__).parent / "machine"
+_KERNELS = Path(__file__).parents[2] / "kernels"
+# Warpgroups are not emulated. (The answer that these do not apply is in machine/left_out.cpp.)
+_LEFT_OUT = ("linear", "warpgroup", "forward_projected_", "forward_projected.cuh")
+# Sizes that only choose between kernels, made small: the emulation is slow.
+_SMALLER = {"backward_launch.cuh": {"kLarge = 20000000;": "kLarge = 20000;", "kFewUnits = 8192;": "kFewUnits = 64;"}}
+# Signed numbers wrap and types alias as nvcc lets them; fortified code takes jumps from stack to stack for a mistake.
+_FLAGS = [
+    "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w", "-fwrapv", "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE", "-D__CUDA_ARCH__=900",
+]  # fmt: skip
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def build(folder: Path) -> Path:
+    """The library, in a folder below `folder` that is named by all it is made of: compiled where there is none yet."""
+    sources = [path for path in sorted((_KERNELS / "cuda").iterdir()) if path.suffix in (".cu", ".cuh", ".h")]
+    texts = {path.name: _translated(path) for path in sources if not path.name.startswith(_LEFT_OUT)}
+    headers = [_KERNELS / "include" / "dcngen_kernels.h", *sorted(_MACHINE.iterdir())]
+    version = subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
+    everything = [version, *_FLAGS, *texts.values(), *(path.read_text() for path in headers)]
+    made = folder / hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
+    if not (made / "libemulated.so").exists():
+        made.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (made / name).write_text(text)
+        _compile(made, [made / name for name in texts if name.endswith(".cu")] + sorted(_MACHINE.glob("*.cpp")))
+    return made / "libemulated.so"
+
+
+def _translated(path: Path) -> str:
+    text = path.read_text()
+    for large, small in _SMALLER.get(path.name, {}).items():
+        assert text.count(large) == 1, f"{path.name} has changed: {large} is not there once"
+        text = text.replace(large, small)
+    return translate(text, str(path))
+
+
+def _compile(folder: Path, sources: list[Path]) -> None:
+    def one(source: Path) -> Path:
+        to = folder / f"{source.name}.o"
+        level = "-O1" if source.suffix == ".cu" else "-O2"
+        paths = [f"-I{_MACHINE}", f"-I{folder}", f"-I{_KERNELS / 'include'}"]
+        _run([compiler(), "-x", "c++", *_FLAGS, level, *paths, "-c", str(source), "-o", str(to)])
+        return to
+
+    # Those that take longest first.
+    sources = sorted(sources, key=lambda source: ("_window" not in source.name, source.name))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(one, sources))
+    made = folder / f"{os.getpid()}.so"  # renamed when it is whole: others may be waiting for it
+    _run([compiler(), "-shared", *map(str, objects), "-Wl,--no-undefined", "-o", str(made)])
+    made.rename(folder / "libemulated.so")
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[:6000]}")
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The loaded library: the operator's C interface, and a few functions of the emulation."""
+    from dcngen.ops import native
+
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in native._SIGNATURES["cuda"].items():
+        getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
+    for name, arguments in (("announce", [ctypes.c_void_p, ctypes.c_int64]), ("forget", []), ("order", [ctypes.c_int])):
+        function = getattr(library, f"emulation_{name}")
+        function.restype, function.argtypes = None, arguments
+    return library
