@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .translate import translate
 
-_MACHINE = Path(__file__).parent / "machine"
+_MACHINE, _MACHINE_TEST = Path(__file__).parent / "machine", Path(__file__).parent / "machine_test.cu"
 _KERNELS = Path(__file__).parents[2] / "kernels"
 # Warpgroups are not emulated. (The answer that these do not apply is in machine/left_out.cpp.)
 _LEFT_OUT = ("linear", "warpgroup", "forward_projected_", "forward_projected.cuh")
@@ -32,6 +32,7 @@ def compiler() -> str | None:
 def build(folder: Path) -> Path:
     """The library, in a folder below `folder` that is named by all it is made of: compiled where there is none yet."""
     sources = [path for path in sorted((_KERNELS / "cuda").iterdir()) if path.suffix in (".cu", ".cuh", ".h")]
+    sources.append(_MACHINE_TEST)
     texts = {path.name: _translated(path) for path in sources if not path.name.startswith(_LEFT_OUT)}
     headers = [_KERNELS / "include" / "dcngen_kernels.h", *sorted(_MACHINE.iterdir())]
     version = subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout

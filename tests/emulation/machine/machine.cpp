@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
-#include <memory>
+#include <map>
 #include <string>
 
 #include "copies.h"
@@ -55,12 +55,12 @@ const void* thread_argument = nullptr;
 Place& place_of(Thread* thread) { return *static_cast<Place*>(thread); }
 
 std::string who_waits() {
-  std::string text;
-  int listed = 0;
-  for (unsigned i = 0; i < block_size.x && listed < 4; ++i) {
-    if (threads[i].ended || threads[i].waits_for == nullptr) continue;
-    text += (listed++ == 0 ? "thread " : ", thread ") + std::to_string(i) + " at " + threads[i].waits_for;
+  std::map<std::string, int> at;
+  for (const Place& thread : threads) {
+    if (!thread.ended && thread.waits_for != nullptr) ++at[thread.waits_for];
   }
+  std::string text;
+  for (const auto& [name, count] : at) text += (text.empty() ? "" : ", ") + std::to_string(count) + " at " + name;
   return text;
 }
 
@@ -71,7 +71,7 @@ void run_next(jmp_buf& from) {
     _longjmp(outside, kEnded);
   }
   if (ready.empty() && !copies::arrive_at_last()) {
-    fail("%d threads wait for others that never come: %s ...", running, who_waits().c_str());
+    fail("threads wait for others that never come: %s", who_waits().c_str());
   }
   Place* const next = newest_first ? ready.back() : ready.front();
   newest_first ? ready.pop_back() : ready.pop_front();
@@ -103,6 +103,9 @@ void run_thread() {
   Place& self = place_of(current);
   copies::check_ended(self);
   if (self.overflowed()) fail("a stack of the emulation is too small");
+  Warp& warp = *self.warp;
+  if (warp.arrived != 0 && warp.mask >> self.lane & 1) fail("it ended, but its warp waits for it at %s", warp.name);
+  warp.running &= ~(1u << self.lane);
   self.ended = true;
   --running;
   if (running > 0 && at_barrier == running) release_barrier();
@@ -122,11 +125,12 @@ void begin_block(const Grid& grid, unsigned number) {
   copies::begin_block();
   running = static_cast<int>(grid.threads.x);
   at_barrier = 0, barrier_of_now = false;
-  for (Warp& warp : warps) warp.arrived = 0;
+  for (Warp& warp : warps) warp = Warp();
   for (int i = 0; i < running; ++i) {
     Place& thread = threads[i];
     static_cast<Thread&>(thread) = Thread();
     thread.index.x = i, thread.lane = i % 32, thread.warp = &warps[i / 32], thread.ended = false;
+    thread.warp->running |= 1u << thread.lane;
     thread.prepare(run_thread);
   }
   current = nullptr;
@@ -186,6 +190,9 @@ void meet_lanes(unsigned mask, const char* name, void* brought, Together togethe
   if (warp.arrived == 0) warp.mask = mask, warp.together = together, warp.name = name;
   if (warp.mask != mask || warp.together != together) {
     fail("lanes of a warp meet at different places: %s and %s", warp.name, name);
+  }
+  if (const unsigned ended = mask & ~warp.running) {
+    fail("%s for lane %d, which has ended or never was", name, __builtin_ctz(ended));
   }
   warp.brought[current->lane] = brought;
   warp.arrived |= 1u << current->lane;

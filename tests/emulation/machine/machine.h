@@ -21,7 +21,8 @@ using Together = void (*)(void* const* lanes, unsigned mask);
 
 struct Warp {
   void* brought[32];
-  unsigned arrived = 0, mask = 0;
+  unsigned running = 0;            // a bit for each lane that has not ended
+  unsigned arrived = 0, mask = 0;  // at the one place where lanes wait for others
   Together together = nullptr;
   const char* name = nullptr;
 };
