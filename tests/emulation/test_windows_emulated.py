@@ -11,7 +11,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Two multiprocessors are emulated: a forward of more than eight blocks leaves many far samples to the gather kernel.
 ALONE, MANY = Geometry(1, 9, 10, 2, 32), Geometry(2, 17, 19, 2, 32)
 # In the half types one window holds the first map; the second takes windows around its outputs.
-WHOLE, AROUND = Geometry(2, 14, 11, 3, 32), Geometry(2, 18, 20, 2, 32)
+WHOLE, AROUND = [Geometry(2, 14, 11, 3, 32), Geometry(1, 9, 16, 2, 16)], Geometry(2, 18, 20, 2, 32)
 
 
 @pytest.mark.parametrize("offset_std", [0.2, 0.45, 2.0])
@@ -40,7 +40,7 @@ def test_odd_sizes_padding_and_scale(emulated, geometry, dtype):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("offset_std", [0.5, 3.0])
-@pytest.mark.parametrize("geometry", [WHOLE, AROUND], ids=["the whole map", "around"])
+@pytest.mark.parametrize("geometry", [*WHOLE, AROUND], ids=["the whole map", "narrow groups", "around"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_far_samples_in_windows(emulated, dtype, geometry, offset_std, deterministic):
     tensors = make(geometry, dtype, offset_std=offset_std, device="cpu")
@@ -109,11 +109,18 @@ def test_slices_of_one_packed_tensor(emulated, geometry, dtype):
         assert best is None or torch.equal(ours, best)
 
 
+@by_dtype
+def test_tensors_that_begin_between_sixteen_bytes(emulated, dtype):
+    """The forward's plain kernel takes them; the backward, which gets copies from the operator, refuses."""
+    with pytest.raises(RuntimeError, match="backward: misaligned address"):
+        emulated(ALONE, *make(ALONE, dtype, device="cpu"), begin=2)
+
+
 @pytest.mark.parametrize("geometry", [
     Geometry(2, 13, 9, 3, 16, stride=2), Geometry(1, 12, 11, 2, 32, kernel_size=5, padding=2),
     Geometry(1, 9, 9, 2, 16, kernel_size=(3, 5)), Geometry(1, 9, 8, 2, 16, kernel_size=1, padding=0),
     Geometry(1, 10, 10, 2, 32, dilation=2, padding=2), Geometry(1, 9, 9, 3, 16, remove_center=True),
-    Geometry(1, 9, 9, 3, 16, softmax=True, offset_scale=2.0), Geometry(2, 5, 5, 5, 3), Geometry(1, 9, 9, 1, 96),
+    Geometry(1, 9, 9, 3, 16, softmax=True, offset_scale=2.0), Geometry(2, 5, 5, 5, 3), Geometry(1, 9, 9, 1, 96), Geometry(1, 9, 9, 1, 6),
 ], ids=str)  # fmt: skip
 @by_dtype
 def test_other_geometries(emulated, geometry, dtype):
