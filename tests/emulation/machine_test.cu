@@ -12,8 +12,13 @@ constexpr int kThreads = 64, kBytes = 1024;
 enum Mistake {
   kNone, kTooFewAtABarrier, kTwoPlacesOfAWarp, kALaneThatEnded, kOutside, kOutsideByPointer, kMisaligned, kNeverWritten,
   kNoWaitForACopy, kNoBarrierAfterWrites, kNoSyncwarpAfterWrites, kABarrierOfNoCopy, kNoWaitForABox, kNoWaitForAStore,
-  kGlobalOutside, kGlobalMisaligned, kTooMuchMemory,
+  kGlobalOutside, kGlobalMisaligned, kTooMuchMemory, kNowhere, kEndlessRecursion,
 };
+
+float call_itself(volatile float* sums, int depth) {
+  volatile float own[64] = {sums[0]};
+  return own[depth % 64] + (depth < 0 ? 0.f : call_itself(own, depth + 1)) + own[0];
+}
 
 // The sum of the numbers 0 to 63, of `numbers`, by way of shared memory.
 __global__ void faulty_kernel(const __grid_constant__ CUtensorMap map, const float* numbers, float* result, int mistake) {
@@ -28,6 +33,8 @@ __global__ void faulty_kernel(const __grid_constant__ CUtensorMap map, const flo
   if (mistake == kOutsideByPointer && thread == 63) memory[kBytes / 4] = 0.f;
   if (mistake == kMisaligned) load_shared16(begin + 8);
   if (mistake == kGlobalOutside) copy_async16(begin, numbers + 64, true);
+  if (mistake == kNowhere && thread == 5) *reinterpret_cast<volatile float*>(0x1000ul) = 0.f;
+  if (mistake == kEndlessRecursion) *result = call_itself(sums, thread);
   if (mistake == kGlobalMisaligned) copy_async16(begin, numbers + 1, true);
   if (mistake == kABarrierOfNoCopy || mistake == kNoWaitForABox) {
     if (thread == 0) {

@@ -29,6 +29,8 @@ ERRORS = {
     "global memory outside": "an access of 16 bytes in global memory, outside every tensor",
     "global memory at a wrong alignment": "an access of 16 bytes in global memory, not at a multiple of 16",
     "too much shared memory": "invalid launch",
+    "memory that is not there": "thread 5: an access of memory at 0x1000",
+    "endless recursion": "an access of memory at",
 }
 
 

@@ -4,24 +4,22 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 
 namespace emulation {
 
 Fiber::~Fiber() {
-  if (stack_ != nullptr) munmap(stack_, kStackBytes);
+  if (stack_ != nullptr) munmap(stack_ - kGuardBytes, kGuardBytes + kStackBytes);
 }
 
 void Fiber::prepare(void (*run)()) {
   if (stack_ == nullptr) {
-    void* const memory =
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
+    void* const memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) {
       std::perror("emulation: no memory for a fiber's stack");
       std::abort();
     }
-    stack_ = static_cast<char*>(memory);
-    std::memcpy(stack_, &kMark, sizeof kMark);
+    stack_ = static_cast<char*>(memory) + kGuardBytes;
   }
   getcontext(&begin_);
   begin_.uc_stack.ss_sp = stack_;
@@ -37,7 +35,5 @@ void Fiber::enter(jmp_buf& from) {
   begun_ = true;
   setcontext(&begin_);
 }
-
-bool Fiber::overflowed() const { return std::memcmp(stack_, &kMark, sizeof kMark) != 0; }
 
 }  // namespace emulation

@@ -7,7 +7,7 @@
 namespace emulation {
 
 // A fiber begins by setcontext, which can choose a stack but asks the operating system each time; afterwards it is left
-// and entered by _setjmp and _longjmp, which do not.
+// and entered by _setjmp and _longjmp, which do not. Below its stack is memory that cannot be accessed.
 class Fiber {
  public:
   Fiber() = default;
@@ -20,12 +20,9 @@ class Fiber {
   // Leaves the fiber that runs, whose state goes to `from`, for this one.
   void enter(jmp_buf& from);
   jmp_buf& state() { return state_; }
-  // Whether it has used more of its stack than it has.
-  bool overflowed() const;
 
  private:
-  static constexpr unsigned long kStackBytes = 256 * 1024;
-  static constexpr unsigned long kMark = 0x5ca1ab1e5ca1ab1eul;
+  static constexpr unsigned long kStackBytes = 256 * 1024, kGuardBytes = 64 * 1024;
   char* stack_ = nullptr;
   bool begun_ = false;
   ucontext_t begin_;

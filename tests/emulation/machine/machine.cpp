@@ -1,6 +1,7 @@
 // Blocks and their threads: who runs next, who waits for whom, and shared memory. Copies are in copies.cpp.
 #include "machine.h"
 
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -102,7 +103,6 @@ void run_thread() {
   thread_function(thread_argument);
   Place& self = place_of(current);
   copies::check_ended(self);
-  if (self.overflowed()) fail("a stack of the emulation is too small");
   Warp& warp = *self.warp;
   if (warp.arrived != 0 && warp.mask >> self.lane & 1) fail("it ended, but its warp waits for it at %s", warp.name);
   warp.running &= ~(1u << self.lane);
@@ -114,7 +114,7 @@ void run_thread() {
 
 void begin_block(const Grid& grid, unsigned number) {
   block_index.x = number;
-  const unsigned order = chosen_order + (number * 2654435761u >> 13);  // not by odd and even alone
+  const unsigned order = chosen_order ^ (number * 2654435761u >> 13);  // not by odd and even alone
   descending = order & 1, newest_first = order & 2;
   ready.clear();
   std::memset(memory, kOfGap, sizeof memory);
@@ -147,6 +147,29 @@ void check_gaps() {
   untouched(kSharedBegin + dynamic_bytes, static_begin);
   untouched(static_end, sizeof memory);
 }
+
+// While a grid runs, an access of memory that is not there is an error of the thread, not the end of the process.
+class BadAccesses {
+ public:
+  BadAccesses() {
+    static char stack[64 * 1024];  // the thread's own may be what it has used up
+    const stack_t own = {stack, 0, sizeof stack};
+    sigaltstack(&own, &stack_before_);
+    struct sigaction action = {};
+    action.sa_sigaction = [](int, siginfo_t* info, void*) { fail("an access of memory at %p", info->si_addr); };
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &action, &before_[i]);
+  }
+  ~BadAccesses() {
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &before_[i], nullptr);
+    sigaltstack(&stack_before_, nullptr);
+  }
+
+ private:
+  static constexpr int kSignals[2] = {SIGSEGV, SIGBUS};
+  struct sigaction before_[2];
+  stack_t stack_before_;
+};
 
 // Whether no thread failed.
 bool run_block() {
@@ -252,6 +275,7 @@ void* static_shared(int site, int bytes, int alignment) {
 bool run_grid(const Grid& grid, void (*thread)(const void*), const void* argument) {
   thread_function = thread, thread_argument = argument;
   block_size = grid.threads, grid_size = grid.blocks;
+  const BadAccesses watched;
   for (unsigned number = 0; number < grid.blocks.x; ++number) {
     begin_block(grid, number);
     if (!run_block()) return false;
