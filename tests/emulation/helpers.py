@@ -103,7 +103,7 @@ class Emulated:
         return Results(output.tensor, *(w.tensor for w in gradients), None if sums is None else sums.tensor)
 
     def check(self, geometry: Geometry, tensors, *, plain=None, reproducible=False, **options) -> Results:
-        """Against float64, and `plain`, the formula in the tensors' dtype, in orders of threads that are opposite in every block.
+        """Against float64, and `plain`, the formula in the tensors' dtype; twice, with opposite orders of threads.
 
         reproducible: whether the results have to be the same in both.
         """

@@ -57,7 +57,7 @@ def _translated(path: Path) -> str:
 def _compile(folder: Path, sources: list[Path]) -> None:
     def one(source: Path) -> Path:
         to = folder / f"{source.name}.o"
-        level = "-O1" if source.suffix == ".cu" else "-O2"
+        level = "-O1" if source.suffix == ".cu" else "-O3"
         paths = [f"-I{_MACHINE}", f"-I{folder}", f"-I{_KERNELS / 'include'}"]
         _run([compiler(), "-x", "c++", *_FLAGS, level, *paths, "-c", str(source), "-o", str(to)])
         return to

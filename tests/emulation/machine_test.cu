@@ -13,6 +13,7 @@ enum Mistake {
   kNone, kTooFewAtABarrier, kTwoPlacesOfAWarp, kALaneThatEnded, kOutside, kOutsideByPointer, kMisaligned, kNeverWritten,
   kNoWaitForACopy, kNoBarrierAfterWrites, kNoSyncwarpAfterWrites, kABarrierOfNoCopy, kNoWaitForABox, kNoWaitForAStore,
   kGlobalOutside, kGlobalMisaligned, kTooMuchMemory, kNowhere, kEndlessRecursion,
+  kReadInAWarp, kReadInABlock, kWriteAfterRead, kNoFence,
 };
 
 float call_itself(volatile float* sums, int depth) {
@@ -21,7 +22,8 @@ float call_itself(volatile float* sums, int depth) {
 }
 
 // The sum of the numbers 0 to 63, of `numbers`, by way of shared memory.
-__global__ void faulty_kernel(const __grid_constant__ CUtensorMap map, const float* numbers, float* result, int mistake) {
+__global__ void faulty_kernel(const __grid_constant__ CUtensorMap map, const float* numbers, float* result,
+                              int mistake) {
   extern __shared__ __align__(1024) float memory[];
   __shared__ float sums[2];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -46,7 +48,27 @@ __global__ void faulty_kernel(const __grid_constant__ CUtensorMap map, const flo
     if (thread == 0) load_box(begin, map, 0, 0, 0, 0, barrier);
     return;
   }
-  if (mistake == kNoWaitForAStore && thread == 0) store_box(map, begin, 0, 0, 0, 0);
+  if (mistake == kNoWaitForAStore && thread == 0) store_box(map, begin + 256, 0, 0, 0, 0);
+  if (mistake == kReadInAWarp) {
+    store_shared(begin + 4 * thread, 0);
+    __shfl_sync(kAllLanes, lane, 0);  // lanes meet, but their accesses are not in order
+    load_shared(begin + 4 * (thread ^ 1));
+  }
+  if (mistake == kReadInABlock || mistake == kWriteAfterRead) {
+    store_shared(begin + 4 * thread, 0);
+    mistake == kReadInABlock ? __syncwarp() : __syncthreads();
+    load_shared(begin + 4 * (thread ^ 32));
+    if (mistake == kWriteAfterRead) store_shared(begin + 4 * thread, 0);
+    return;
+  }
+  if (mistake == kNoFence) {
+    if (warp == 0) store_shared16(begin + 16 * lane, 0, 0, 0, 0);
+    if (lane != 9) publish_to_copies();
+    __syncthreads();
+    if (thread == 0) store_box(map, begin, 0, 0, 0, 0);
+    if (thread == 0) store_wait_read();
+    return;
+  }
 
   if (mistake != kNeverWritten && thread < 16) copy_async16(begin + 16 * thread, numbers + 4 * thread, true);
   copy_commit();

@@ -12,6 +12,7 @@ from emulation.helpers import ORDERS
 from emulation.translate import TranslationError, translate
 
 # In the order of the mistakes in machine_test.cu, with the error of each; None where the result is wrong instead.
+_RACE = "(reads in shared memory what is written|writes to shared memory what is read) by thread .*, and no barrier is"
 ERRORS = {
     "too few at a barrier": "threads wait for others that never come: 48 at __syncthreads, 16 at __syncwarp",
     "two places of a warp": "lanes of a warp meet at different places: (__any_sync|__syncwarp) and (__any_|__sync)",
@@ -31,6 +32,10 @@ ERRORS = {
     "too much shared memory": "invalid launch",
     "memory that is not there": "thread 5: an access of memory at 0x1000",
     "endless recursion": "an access of memory at",
+    "read in a warp": _RACE,
+    "read in a block": _RACE,
+    "write after read": _RACE,
+    "no fence": "the copy engine stores what thread 9 wrote without a fence after it",
 }
 
 

@@ -18,7 +18,7 @@ def _fits(side: int, size: int, padding: int) -> bool:
     return 1 <= size + 2 * padding - 2 <= side
 
 
-@pytest.mark.parametrize("offset_std", [0.3, 1.0, 100.0])
+@pytest.mark.parametrize("offset_std", [0.4, 3.0])
 @pytest.mark.parametrize("group_channels", [16, 32, 64])
 @by_dtype
 @by_side

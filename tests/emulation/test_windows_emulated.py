@@ -16,7 +16,7 @@ WHOLE, AROUND = [Geometry(2, 14, 11, 3, 32), Geometry(1, 9, 16, 2, 16)], Geometr
 
 @pytest.mark.parametrize("offset_std", [0.2, 0.45, 2.0])
 @pytest.mark.parametrize("group_channels", [8, 16, 32, 64])
-@pytest.mark.parametrize("size", [(1, 9, 10), (2, 17, 13)], ids=str)
+@pytest.mark.parametrize("size", [(1, 9, 10), (2, 17, 9)], ids=str)
 @by_dtype
 def test_matches_the_reference(emulated, dtype, size, group_channels, offset_std):
     """Near samples alone, few far ones and many, in small problems and in others; an odd number of groups."""
@@ -120,7 +120,8 @@ def test_tensors_that_begin_between_sixteen_bytes(emulated, dtype):
     Geometry(2, 13, 9, 3, 16, stride=2), Geometry(1, 12, 11, 2, 32, kernel_size=5, padding=2),
     Geometry(1, 9, 9, 2, 16, kernel_size=(3, 5)), Geometry(1, 9, 8, 2, 16, kernel_size=1, padding=0),
     Geometry(1, 10, 10, 2, 32, dilation=2, padding=2), Geometry(1, 9, 9, 3, 16, remove_center=True),
-    Geometry(1, 9, 9, 3, 16, softmax=True, offset_scale=2.0), Geometry(2, 5, 5, 5, 3), Geometry(1, 9, 9, 1, 96), Geometry(1, 9, 9, 1, 6),
+    Geometry(1, 9, 9, 3, 16, softmax=True, offset_scale=2.0), Geometry(2, 5, 5, 5, 3), Geometry(1, 9, 9, 1, 96),
+    Geometry(1, 9, 9, 1, 6),
 ], ids=str)  # fmt: skip
 @by_dtype
 def test_other_geometries(emulated, geometry, dtype):

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "races.h"
+
 namespace emulation {
 namespace {
 
@@ -38,6 +40,10 @@ Barrier& barrier_at(uint32_t address) {
   fail("there is no barrier at shared address %u", address);
 }
 
+int bytes_of_box(const TensorMap& map) {
+  return map.value_bytes * map.box[0] * map.box[1] * map.box[2] * map.box[3];
+}
+
 void complete_if_due(Barrier& barrier) {
   if (barrier.missing > 0 || barrier.bytes != 0) return;
   ++barrier.phase;
@@ -47,12 +53,15 @@ void complete_if_due(Barrier& barrier) {
 }
 
 void perform(const ThreadCopy& copy) {
-  char* const to = shared(copy.to, 16, 16);
+  char* const to = shared_to_write(copy.to, 16, 16);
   if (copy.bytes > 0) std::memcpy(to, global(copy.from, copy.bytes, 16), copy.bytes);
   std::memset(to + copy.bytes, 0, 16 - copy.bytes);
 }
 
-void perform(const BoxStore& store) { copy_box(*store.map, store.from, store.place, false); }
+void perform(const BoxStore& store) {
+  races::read(store.from, bytes_of_box(*store.map), *current);
+  copy_box(*store.map, store.from, store.place, false);
+}
 
 // Performs those that are older than the last `pending` groups.
 template <typename Copy>
@@ -67,6 +76,7 @@ void perform_older(std::vector<Copy>& copies, unsigned group, int pending) {
 // The address at which a copy fails shows where it was asked for only if it is checked there too.
 void begin_copy(uint32_t to, const void* from, int bytes) {
   shared(to, 16, 16);
+  races::will_write(to, 16, *current);
   if (bytes > 0) global(from, bytes, 16);
   current->copies.push_back({to, from, bytes, current->copy_group});
 }
@@ -97,10 +107,12 @@ void wait_for_barrier(uint32_t address, uint32_t parity) {
 
 void begin_box_load(uint32_t to, const TensorMap& map, const int (&place)[4], uint32_t barrier) {
   barrier_at(barrier);
+  races::will_write(to, bytes_of_box(map), *current);
   loads.push_back({to, map, {place[0], place[1], place[2], place[3]}, barrier});
 }
 
 void begin_box_store(const TensorMap& map, uint32_t from, const int (&place)[4]) {
+  races::engine_will_read(from, bytes_of_box(map), *current);
   current->stores.push_back({&map, from, {place[0], place[1], place[2], place[3]}, current->store_group});
 }
 void commit_stores() { ++current->store_group; }
@@ -134,9 +146,8 @@ bool arrive_at_last() {
     copy_box(load.map, load.to, load.place, true);
     Barrier& barrier = barrier_at(load.barrier);
     woken |= !barrier.waiting.empty();
-    int64_t bytes = load.map.value_bytes;
-    for (const int length : load.map.box) bytes *= length;
-    barrier.bytes -= bytes;
+    barrier.bytes -= bytes_of_box(load.map);
+    races::written_by_engine(load.to, bytes_of_box(load.map));
     complete_if_due(barrier);
   }
   return woken;

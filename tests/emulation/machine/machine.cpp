@@ -11,6 +11,7 @@
 
 #include "copies.h"
 #include "fibers.h"
+#include "races.h"
 
 namespace emulation {
 
@@ -96,6 +97,8 @@ void release_barrier() {
   at_barrier = 0;
   barrier_result = barrier_of_now;
   barrier_of_now = false;
+  races::block_barrier();
+  for (Warp& warp : warps) ++warp.barriers;
   let_run(threads, block_size.x, ~0u);
 }
 
@@ -123,6 +126,7 @@ void begin_block(const Grid& grid, unsigned number) {
   static_begin = static_end = (kSharedBegin + dynamic_bytes + 2 * kGap - 1) / kGap * kGap;
   static_variables.clear();
   copies::begin_block();
+  races::begin_block();
   running = static_cast<int>(grid.threads.x);
   at_barrier = 0, barrier_of_now = false;
   for (Warp& warp : warps) warp = Warp();
@@ -221,6 +225,7 @@ void meet_lanes(unsigned mask, const char* name, void* brought, Together togethe
   warp.arrived |= 1u << current->lane;
   if (warp.arrived != mask) return sleep_until_woken(name);
   if (together != nullptr) together(warp.brought, mask);
+  if (together == nullptr && mask == warp.running) ++warp.barriers;
   warp.arrived = 0;
   let_run(&threads[32 * (&warp - warps)], 32, mask);
 }
@@ -249,6 +254,18 @@ char* shared(uint32_t address, int bytes, int alignment) {
          kSharedBegin);
   }
   return memory + address;
+}
+
+const char* shared_to_read(uint32_t address, int bytes, int alignment, const Thread& by) {
+  const char* const from = shared(address, bytes, alignment);
+  races::read(address, bytes, by);
+  return from;
+}
+
+char* shared_to_write(uint32_t address, int bytes, int alignment, const Thread& by) {
+  char* const to = shared(address, bytes, alignment);
+  races::write(address, bytes, by);
+  return to;
 }
 
 uint32_t shared_address(const void* pointer) {

@@ -2,7 +2,8 @@
 // until they have to wait for one another. It is made to show mistakes, not to be fast:
 //   - shared memory holds NaN where nothing was written, and accesses outside it or at a wrong alignment are errors;
 //   - copies that a kernel does not wait for arrive as late as they can, so what is read too early is not there yet;
-//   - threads that are not kept in order run in another order from block to block;
+//   - accesses of shared memory by two threads that no barrier keeps in order are an error where they are single
+//     instructions; and threads that nothing keeps in order run in another order from block to block;
 //   - threads that wait for others that never come are an error, not a hang.
 #pragma once
 
@@ -23,6 +24,7 @@ struct Warp {
   void* brought[32];
   unsigned running = 0;            // a bit for each lane that has not ended
   unsigned arrived = 0, mask = 0;  // at the one place where lanes wait for others
+  unsigned barriers = 0;           // that all its lanes have passed: its own and the block's
   Together together = nullptr;
   const char* name = nullptr;
 };
@@ -53,6 +55,7 @@ struct Thread {
   std::vector<ThreadCopy> copies;
   std::vector<BoxStore> stores;
   unsigned copy_group = 0, store_group = 0;  // of the next copies
+  unsigned fences = 0;                       // that made its writes visible to the copy engine
 };
 
 // The thread that runs. Everything below but run_grid is called by threads.
@@ -80,12 +83,10 @@ void meet(unsigned mask, const char* name, Brought& brought, void (*together)(Br
 constexpr uint32_t kSharedBegin = 1024;
 constexpr int kMostSharedBytes = 227 * 1024;  // of a block
 
-// `bytes` of shared memory at an address, which must be a multiple of `alignment`.
+// `bytes` of shared memory at an address, which must be a multiple of `alignment`; to be read or written by a thread.
 char* shared(uint32_t address, int bytes, int alignment);
-template <typename T>
-T& shared(uint32_t address) {
-  return *reinterpret_cast<T*>(shared(address, sizeof(T), sizeof(T)));
-}
+const char* shared_to_read(uint32_t address, int bytes, int alignment, const Thread& by = *current);
+char* shared_to_write(uint32_t address, int bytes, int alignment, const Thread& by = *current);
 uint32_t shared_address(const void* pointer);
 
 char* dynamic_shared(int alignment);

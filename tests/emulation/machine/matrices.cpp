@@ -4,14 +4,26 @@
 namespace emulation::ptx {
 namespace {
 
-// Lane l % 8 + 8 * i gives the address of row l of matrix i.
-uint32_t* row_of(MatrixRows* const* lanes, int matrix, int row) {
-  return reinterpret_cast<uint32_t*>(shared(lanes[8 * matrix + row]->row, 16, 16));
+// Lane r + 8 * i gives the address of row r of matrix i. The instruction reads and writes rows for the lanes together;
+// each word is counted as an access of the lane whose register it is.
+uint32_t row_of(MatrixRows* const* lanes, int matrix, int row) {
+  const uint32_t address = lanes[8 * matrix + row]->row;
+  shared(address, 16, 16);
+  return address;
+}
+
+uint32_t word_of(MatrixRows* const* lanes, int matrix, int row, int word, int lane) {
+  uint32_t value;
+  std::memcpy(&value, shared_to_read(row_of(lanes, matrix, row) + 4 * word, 4, 4, *lanes[lane]->lane), 4);
+  return value;
 }
 
 void store_matrices(MatrixRows* const* lanes, int count) {
   for (int matrix = 0; matrix < count; ++matrix) {
-    for (int lane = 0; lane < 32; ++lane) row_of(lanes, matrix, lane / 4)[lane % 4] = *lanes[lane]->registers[matrix];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t address = row_of(lanes, matrix, lane / 4) + 4 * (lane % 4);
+      std::memcpy(shared_to_write(address, 4, 4, *lanes[lane]->lane), lanes[lane]->registers[matrix], 4);
+    }
   }
 }
 
@@ -45,7 +57,9 @@ void multiply(Product* const* lanes, ToFloat to_float) {
 
 void load_matrices(MatrixRows* const* lanes, unsigned) {
   for (int matrix = 0; matrix < 4; ++matrix) {
-    for (int lane = 0; lane < 32; ++lane) *lanes[lane]->registers[matrix] = row_of(lanes, matrix, lane / 4)[lane % 4];
+    for (int lane = 0; lane < 32; ++lane) {
+      *lanes[lane]->registers[matrix] = word_of(lanes, matrix, lane / 4, lane % 4, lane);
+    }
   }
 }
 
@@ -54,7 +68,7 @@ void load_matrices_transposed(MatrixRows* const* lanes, unsigned) {
     for (int lane = 0; lane < 32; ++lane) {
       const int column = lane / 4, row = 2 * (lane % 4);
       const auto value = [&](int of_row) {
-        return row_of(lanes, matrix, of_row)[column / 2] >> 16 * (column % 2) & 0xffff;
+        return word_of(lanes, matrix, of_row, column / 2, lane) >> 16 * (column % 2) & 0xffff;
       };
       *lanes[lane]->registers[matrix] = value(row) | value(row + 1) << 16;
     }

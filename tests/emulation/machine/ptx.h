@@ -17,8 +17,8 @@ inline void griddepcontrol_wait() {}  // a grid begins when the one before has e
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
-inline void ld_shared_b16(uint16_t& v, uint32_t from) { v = shared<uint16_t>(from); }
-inline void ld_shared_b32(uint32_t& v, uint32_t from) { v = shared<uint32_t>(from); }
+inline void ld_shared_b16(uint16_t& v, uint32_t from) { std::memcpy(&v, shared_to_read(from, 2, 2), 2); }
+inline void ld_shared_b32(uint32_t& v, uint32_t from) { std::memcpy(&v, shared_to_read(from, 4, 4), 4); }
 template <typename T>
 void load_four(T& a, T& b, T& c, T& d, const void* from) {
   static_assert(sizeof(T) == 4, "");
@@ -31,19 +31,19 @@ void store_four(void* to, T a, T b, T c, T d) {
   values[0] = a, values[1] = b, values[2] = c, values[3] = d;
 }
 inline void ld_shared_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
-  load_four(a, b, c, d, shared(from, 16, 16));
+  load_four(a, b, c, d, shared_to_read(from, 16, 16));
 }
 inline void ld_shared_v4_f32(float& a, float& b, float& c, float& d, uint32_t from) {
-  load_four(a, b, c, d, shared(from, 16, 16));
+  load_four(a, b, c, d, shared_to_read(from, 16, 16));
 }
-inline void st_shared_b16(uint32_t to, uint16_t v) { shared<uint16_t>(to) = v; }
-inline void st_shared_b32(uint32_t to, uint32_t v) { shared<uint32_t>(to) = v; }
+inline void st_shared_b16(uint32_t to, uint16_t v) { std::memcpy(shared_to_write(to, 2, 2), &v, 2); }
+inline void st_shared_b32(uint32_t to, uint32_t v) { std::memcpy(shared_to_write(to, 4, 4), &v, 4); }
 inline void st_shared_v2_b32(uint32_t to, uint32_t a, uint32_t b) {
-  uint32_t* const values = reinterpret_cast<uint32_t*>(shared(to, 8, 8));
-  values[0] = a, values[1] = b;
+  const uint32_t values[2] = {a, b};
+  std::memcpy(shared_to_write(to, 8, 8), values, 8);
 }
 inline void st_shared_v4_b32(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  store_four(shared(to, 16, 16), a, b, c, d);
+  store_four(shared_to_write(to, 16, 16), a, b, c, d);
 }
 inline void ld_global_nc_v4_b32(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
   load_four(a, b, c, d, global(from, 16, 16));
@@ -96,7 +96,7 @@ inline void cp_async_bulk_tensor_4d_shared_cluster_global_tile_mbarrier_complete
     uint32_t to, const TensorMap* map, int channel, int x, int y, int image, uint32_t barrier) {
   begin_box_load(to, *map, {channel, x, y, image}, barrier);
 }
-inline void fence_proxy_async_shared_cta() {}
+inline void fence_proxy_async_shared_cta() { ++current->fences; }
 inline void cp_async_bulk_tensor_4d_global_shared_cta_tile_bulk_group(const TensorMap* map, int channel, int x, int y,
                                                                       int image, uint32_t from) {
   begin_box_store(*map, from, {channel, x, y, image});
@@ -111,6 +111,7 @@ inline void cp_async_bulk_wait_group(int pending) { wait_for_stores(pending); }
 struct MatrixRows {
   uint32_t* registers[4];
   uint32_t row;
+  const Thread* lane = current;
 };
 
 void load_matrices(MatrixRows* const* lanes, unsigned);             // matrices.cpp
