@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -26,7 +27,7 @@ _FLAGS = [
 
 
 def compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    return shutil.which("g++") or shutil.which("c++")
 
 
 def build(folder: Path) -> Path:
@@ -38,11 +39,15 @@ def build(folder: Path) -> Path:
     version = subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
     everything = [version, *_FLAGS, *texts.values(), *(path.read_text() for path in headers)]
     made = folder / hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
-    if not (made / "libemulated.so").exists():
-        made.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (made / name).write_text(text)
-        _compile(made, [made / name for name in texts if name.endswith(".cu")] + sorted(_MACHINE.glob("*.cpp")))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, others wait for it
+        if not (made / "libemulated.so").exists():
+            for before in folder.glob("*/"):
+                shutil.rmtree(before)
+            made.mkdir()
+            for name, text in texts.items():
+                (made / name).write_text(text)
+            _compile(made, [made / name for name in texts if name.endswith(".cu")] + sorted(_MACHINE.glob("*.cpp")))
     return made / "libemulated.so"
 
 
@@ -66,7 +71,7 @@ def _compile(folder: Path, sources: list[Path]) -> None:
     sources = sorted(sources, key=lambda source: ("_window" not in source.name, source.name))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(one, sources))
-    made = folder / f"{os.getpid()}.so"  # renamed when it is whole: others may be waiting for it
+    made = folder / "unfinished.so"
     _run([compiler(), "-shared", *map(str, objects), "-Wl,--no-undefined", "-o", str(made)])
     made.rename(folder / "libemulated.so")
 
