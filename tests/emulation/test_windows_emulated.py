@@ -87,9 +87,11 @@ def test_whole_pixel_offsets_follow_the_floor_convention(emulated, dtype):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 6e4])
 @by_dtype
 def test_places_that_do_not_count(emulated, geometry, bad, dtype):
+    """They contribute nothing and have no gradient, whatever their mask."""
     value, offset_mask, grad = make(geometry, dtype, offset_std=0.2, device="cpu")
     of_groups = offset_mask[..., :54].unflatten(-1, (2, 27))
     of_groups[0, 3, 4, 0, 2] = of_groups[0, 8, 7:, 1, 5] = of_groups[0, 5, 5, :, 6:12] = bad
+    of_groups[0, 3, 4, 0, 19] = of_groups[0, 8, 7:, 1, 20] = of_groups[0, 5, 5, :, 21:24] = float("nan")
     tensors = (value, offset_mask, grad)
     got = emulated(geometry, *tensors)
     for ours, best in zip(got[:3], reference(geometry, *tensors), strict=True):

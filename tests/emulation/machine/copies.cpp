@@ -138,18 +138,21 @@ void begin_block() {
 }
 
 bool arrive_at_last() {
-  if (loads.empty()) return false;
   bool woken = false;
-  const std::vector<BoxLoad> arriving = std::move(loads);
-  loads.clear();
-  for (const BoxLoad& load : arriving) {
-    copy_box(load.map, load.to, load.place, true);
+  std::vector<BoxLoad> later;
+  for (const BoxLoad& load : loads) {
     Barrier& barrier = barrier_at(load.barrier);
-    woken |= !barrier.waiting.empty();
-    barrier.bytes -= bytes_of_box(load.map);
+    if (barrier.waiting.empty()) {
+      later.push_back(load);
+      continue;
+    }
+    copy_box(load.map, load.to, load.place, true);
     races::written_by_engine(load.to, bytes_of_box(load.map));
+    barrier.bytes -= bytes_of_box(load.map);
     complete_if_due(barrier);
+    woken |= barrier.waiting.empty();
   }
+  loads = std::move(later);
   return woken;
 }
 

@@ -12,7 +12,7 @@ void wake(Thread* thread);
 namespace copies {
 
 void begin_block();
-// Called when no thread can run: what is still under way arrives. Returns whether a thread can run now.
+// Called when no thread can run: what they wait for arrives, and no more. Returns whether a thread can run now.
 bool arrive_at_last();
 // What must not be under way when a thread ends, and when all of a block have.
 void check_ended(const Thread& thread);

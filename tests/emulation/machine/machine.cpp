@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr int kGap = 256;  // around what a block has of shared memory; nothing may be written there
-constexpr char kOfGap = '\x5a', kNeverWritten = '\xff';  // 0xff everywhere is a NaN of every type
+constexpr char kOfGap = '\x5a';
+constexpr uint16_t kNeverWritten = 0xffc1;  // a NaN of every type, and an integer that is none of use
 
 struct Place : Thread, Fiber {};
 
@@ -115,13 +116,17 @@ void run_thread() {
   run_next(self.state());
 }
 
+void fill_unwritten(int begin, int bytes) {
+  for (int i = 0; i < bytes; ++i) memory[begin + i] = static_cast<char>(kNeverWritten >> 8 * (i % 2));
+}
+
 void begin_block(const Grid& grid, unsigned number) {
   block_index.x = number;
   const unsigned order = chosen_order ^ (number * 2654435761u >> 13);  // not by odd and even alone
   descending = order & 1, newest_first = order & 2;
   ready.clear();
   std::memset(memory, kOfGap, sizeof memory);
-  std::memset(memory + kSharedBegin, kNeverWritten, grid.shared_bytes);
+  fill_unwritten(kSharedBegin, static_cast<int>(grid.shared_bytes));
   dynamic_bytes = static_cast<int>(grid.shared_bytes);
   static_begin = static_end = (kSharedBegin + dynamic_bytes + 2 * kGap - 1) / kGap * kGap;
   static_variables.clear();
@@ -283,7 +288,7 @@ void* static_shared(int site, int bytes, int alignment) {
   }
   const int at = (static_end + alignment - 1) / alignment * alignment;
   if (at + bytes + kGap > static_cast<int>(sizeof memory)) fail("too much shared memory");
-  std::memset(memory + at, kNeverWritten, bytes);
+  fill_unwritten(at, bytes);
   static_end = at + bytes;
   static_variables.push_back({site, at});
   return memory + at;

@@ -1,27 +1,30 @@
 // Loads and stores of 8x8 matrices and their products, as the instructions spread them over the lanes of a warp.
 #include "ptx.h"
+#include "races.h"
 
 namespace emulation::ptx {
 namespace {
 
-// Lane r + 8 * i gives the address of row r of matrix i. The instruction reads and writes rows for the lanes together;
-// each word is counted as an access of the lane whose register it is.
-uint32_t row_of(MatrixRows* const* lanes, int matrix, int row) {
-  const uint32_t address = lanes[8 * matrix + row]->row;
-  shared(address, 16, 16);
-  return address;
-}
-
+// Lane r + 8 * i gives the address of row r of matrix i. A row counts as an access of that lane, and each of its words
+// as one of the lane whose register it is.
 uint32_t word_of(MatrixRows* const* lanes, int matrix, int row, int word, int lane) {
   uint32_t value;
-  std::memcpy(&value, shared_to_read(row_of(lanes, matrix, row) + 4 * word, 4, 4, *lanes[lane]->lane), 4);
+  std::memcpy(&value, shared_to_read(lanes[8 * matrix + row]->row + 4 * word, 4, 4, *lanes[lane]->lane), 4);
   return value;
 }
 
+void read_rows(MatrixRows* const* lanes) {
+  for (int lane = 0; lane < 32; ++lane) shared_to_read(lanes[lane]->row, 16, 16, *lanes[lane]->lane);
+}
+
 void store_matrices(MatrixRows* const* lanes, int count) {
+  for (int lane = 0; lane < 8 * count; ++lane) {
+    shared(lanes[lane]->row, 16, 16);
+    races::will_write(lanes[lane]->row, 16, *lanes[lane]->lane);
+  }
   for (int matrix = 0; matrix < count; ++matrix) {
     for (int lane = 0; lane < 32; ++lane) {
-      const uint32_t address = row_of(lanes, matrix, lane / 4) + 4 * (lane % 4);
+      const uint32_t address = lanes[8 * matrix + lane / 4]->row + 4 * (lane % 4);
       std::memcpy(shared_to_write(address, 4, 4, *lanes[lane]->lane), lanes[lane]->registers[matrix], 4);
     }
   }
@@ -56,6 +59,7 @@ void multiply(Product* const* lanes, ToFloat to_float) {
 }  // namespace
 
 void load_matrices(MatrixRows* const* lanes, unsigned) {
+  read_rows(lanes);
   for (int matrix = 0; matrix < 4; ++matrix) {
     for (int lane = 0; lane < 32; ++lane) {
       *lanes[lane]->registers[matrix] = word_of(lanes, matrix, lane / 4, lane % 4, lane);
@@ -64,6 +68,7 @@ void load_matrices(MatrixRows* const* lanes, unsigned) {
 }
 
 void load_matrices_transposed(MatrixRows* const* lanes, unsigned) {
+  read_rows(lanes);
   for (int matrix = 0; matrix < 4; ++matrix) {
     for (int lane = 0; lane < 32; ++lane) {
       const int column = lane / 4, row = 2 * (lane % 4);
