@@ -39,6 +39,7 @@ def build(folder: Path) -> Path:
     version = subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
     everything = [version, *_FLAGS, *texts.values(), *(path.read_text() for path in headers)]
     made = folder / hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, others wait for it
         if not (made / "libemulated.so").exists():
