@@ -48,11 +48,10 @@ __global__ void __launch_bounds__(kThreads, 4) forward_plain_kernel(const Forwar
 }
 
 template <typename T, int VEC>
-cudaError_t launch(const ForwardArgs& args, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   const Params& p = args.p;
   const int64_t work = p.batch * p.height_out * p.width_out * (p.groups * p.group_channels / VEC);
-  forward_plain_kernel<T, VEC><<<blocks_for(work), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(forward_plain_kernel<T, VEC>, blocks_for(work), kThreads, 0, stream, false, args);
 }
 
 template <typename T>
@@ -60,10 +59,10 @@ cudaError_t dispatch(const ForwardArgs& args, cudaStream_t stream) {
   const void* pointers[] = {args.input, args.output};
   const int64_t strides[] = {args.p.input_pixel_stride, args.p.output_pixel_stride};
   switch (vector_width<T>(args.p, pointers, strides, 2)) {
-    case 8: return launch<T, (sizeof(T) == 2 ? 8 : 4)>(args, stream);
-    case 4: return launch<T, 4>(args, stream);
-    case 2: return launch<T, 2>(args, stream);
-    default: return launch<T, 1>(args, stream);
+    case 8: return launch_forward<T, (sizeof(T) == 2 ? 8 : 4)>(args, stream);
+    case 4: return launch_forward<T, 4>(args, stream);
+    case 2: return launch_forward<T, 2>(args, stream);
+    default: return launch_forward<T, 1>(args, stream);
   }
 }
 

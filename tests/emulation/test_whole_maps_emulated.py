@@ -72,6 +72,42 @@ def test_places_that_do_not_count(emulated, side, dtype, bad):
         torch.testing.assert_close(got.double(), best, rtol=0.02, atol=0.02 * best.abs().max().item())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@by_dtype
+@by_side
+def test_places_just_outside_do_not_count(emulated, side, dtype, bad):
+    """Of a sample that is near its place on the grid but off the map, the mask reaches nothing either."""
+    geometry = Geometry(2, side, side, 3, 32)
+    value, offset_mask, grad = make(geometry, dtype, offset_std=0.2, device="cpu")
+    groups = offset_mask[..., :81].unflatten(-1, (3, 27))
+    groups[:, 0, :, :, 1] = -0.25  # the upper left tap of the first row, at y = -1.25
+    groups[:, 0, :, :, 18] = bad
+    exact = reference(geometry, value, offset_mask, grad)
+    for got, best in zip(emulated(geometry, value, offset_mask, grad)[:3], exact, strict=True):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got.double(), best, rtol=0.02, atol=0.02 * best.abs().max().item())
+
+
+@by_dtype
+@by_side
+def test_few_far_samples_among_near_ones(emulated, side, dtype):
+    """Warps in which one lane alone, or one tap of every lane, is far, and others in which none is."""
+    geometry = Geometry(6, side, side, 4, 32)
+    value, offset_mask, grad = make(geometry, dtype, offset_std=0.2, device="cpu")
+    groups = offset_mask[..., :108].unflatten(-1, (4, 27))
+    groups[1, 0, side - 1, 2, 6:8] = torch.tensor([-2.5, 1.75])
+    groups[2, :, :, 1, 4] = 1.0
+    groups[3, :, :, 3, 16:18] = torch.tensor([-1.0, 1.5])
+    emulated.check(geometry, (value, offset_mask, grad), reproducible=True)
+
+
+@pytest.mark.parametrize("padding", [3, 4])
+def test_wide_paddings(emulated, padding):
+    """Outputs around a small map, whose stencils lie on it in part or not at all."""
+    geometry = Geometry(3, 10 - 2 * padding, 10 - 2 * padding, 3, 16, padding=padding)
+    emulated.check(geometry, make(geometry, torch.bfloat16, offset_std=0.3, device="cpu"), reproducible=True)
+
+
 @by_dtype
 @by_side
 def test_what_is_not_finite_stays_in_its_image_and_group(emulated, side, dtype):

@@ -160,6 +160,7 @@ inline unsigned __ballot_sync(unsigned mask, int value) {
 inline int __any_sync(unsigned mask, int value) {
   return emulation::vote(mask, "__any_sync", value != 0, emulation::Ballot()) != 0;
 }
+inline int __all_sync(unsigned mask, int value) { return !__any_sync(mask, !value); }
 template <typename T>
 T __reduce_add_sync(unsigned mask, T value) {
   return static_cast<T>(emulation::vote(mask, "__reduce_add_sync", static_cast<uint32_t>(value), emulation::Sum()));

@@ -19,6 +19,7 @@ inline void griddepcontrol_wait() {}  // a grid begins when the one before has e
 
 inline void ld_shared_b16(uint16_t& v, uint32_t from) { std::memcpy(&v, shared_to_read(from, 2, 2), 2); }
 inline void ld_shared_b32(uint32_t& v, uint32_t from) { std::memcpy(&v, shared_to_read(from, 4, 4), 4); }
+inline void ld_shared_f32(float& v, uint32_t from) { std::memcpy(&v, shared_to_read(from, 4, 4), 4); }
 template <typename T>
 void load_four(T& a, T& b, T& c, T& d, const void* from) {
   static_assert(sizeof(T) == 4, "");
