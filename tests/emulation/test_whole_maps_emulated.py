@@ -97,7 +97,7 @@ def test_few_far_samples_among_near_ones(emulated, side, dtype):
     groups = offset_mask[..., :108].unflatten(-1, (4, 27))
     groups[1, 0, side - 1, 2, 6:8] = torch.tensor([-2.5, 1.75])
     groups[2, :, :, 1, 4] = 1.0
-    groups[4, :, :, 0, 5] = -1.0
+    groups[4, :, :, 0, 5] = 1.0
     groups[3, :, :, 3, 16:18] = torch.tensor([-1.0, 1.5])
     emulated.check(geometry, (value, offset_mask, grad), reproducible=True)
 

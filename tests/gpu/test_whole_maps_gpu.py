@@ -100,7 +100,7 @@ def test_few_far_samples_among_near_ones(side, dtype):
     groups = offset_mask[..., :108].unflatten(-1, (4, 27))
     groups[1, 0, side - 1, 2, 6:8] = torch.tensor([-2.5, 1.75], device="cuda")
     groups[2, :, :, 1, 4] = 1.0
-    groups[4, :, :, 0, 5] = -1.0
+    groups[4, :, :, 0, 5] = 1.0
     groups[3, :, :, 3, 16:18] = torch.tensor([-1.0, 1.5], device="cuda")
     tensors = value, offset_mask, grad
     check_tensors(geometry, tensors, reference(geometry, *tensors, dtype=dtype), dtype)
