@@ -57,17 +57,18 @@ __device__ __forceinline__ void store_sums(uint32_t rows, const HalfSums<D>& c, 
 }
 
 // Writes a half's pixels of one group from rows of shared memory, PITCH bytes apart.
-template <int D, int PITCH>
+template <int D, int PITCH, bool FULL>
 __device__ __forceinline__ void write_half(void* tensor, int64_t stride, int height, int width, uint32_t rows,
                                            const Task& task, int unit, int half, int lane) {
   constexpr int CHUNKS = D / 8, STEP = 32 / CHUNKS;
   const int chunk = lane % CHUNKS, first = lane / CHUNKS, group = 2 * task.pair + unit;
   char* const image = static_cast<char*>(tensor) + task.image * height * width * stride + group * 2 * D + 16 * chunk;
   const uint32_t own = rows + first * PITCH + 16 * chunk;
-  for_pixels<kSide, STEP, kHalf>(kHalf * half + first, height, width, stride, [&](int i, bool inside, int64_t bytes) {
+  const auto write = [&](int i, bool inside, int64_t bytes) {
     const uint4 v = window::load_shared16(own + i * STEP * PITCH);
     if (inside) window::store_global16(image + bytes, v);
-  });
+  };
+  for_pixels<kSide, STEP, kHalf, FULL>(kHalf * half + first, height, width, stride, write);
 }
 
 }  // namespace dcngen::medium_map

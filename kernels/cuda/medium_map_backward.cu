@@ -45,9 +45,9 @@ __device__ __forceinline__ void multiply_transposed(uint32_t to, uint32_t grad_o
   __syncwarp();
 }
 
-template <typename T, int D>
+template <typename T, int D, typename P>
 __global__ void __launch_bounds__(kThreads, BackwardBlock<D>::BLOCKS)
-    backward_kernel(const BackwardProblem p, const void* grad_output, const void* input, const void* offset_mask,
+    backward_kernel(const P p, const void* grad_output, const void* input, const void* offset_mask,
                     void* grad_input, void* grad_offset_mask, float* sums) {
   using Block = BackwardBlock<D>;
   extern __shared__ __align__(16) uint8_t memory[];
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, BackwardBlock<D>::BLOCKS)
   window::copy_commit();
   window::copy_wait<0>();
   __syncthreads();
-  const bool has_group = 2 * task.pair + unit < p.groups, busy = has_group && has_half(half, p.height_out);
+  const bool has_group = p.has_group(2 * task.pair + unit), busy = has_group && has_half(half, p.height_out);
   const int m = kHalf * half + lane;
   Taps taps;
   if (busy) taps = window::load_taps(taps_at_pixel(warps, task, m, unit));  // zeros where there is no pixel
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads, BackwardBlock<D>::BLOCKS)
   if (has_group && has_half(half, p.height_in)) {
     const uint32_t rows = own + Block::ROWS_AT;
     multiply_transposed<T, D>(rows, grad_at, warps, p.height_out, unit, half, lane);
-    write_half<D, Block::ROWS_PITCH>(grad_input, p.grad_input_stride, p.height_in, p.width_in, rows, task, unit, half,
-                                     lane);
+    write_half<D, Block::ROWS_PITCH, P::FULL>(grad_input, p.grad_input_stride, p.height_in, p.width_in, rows, task, unit,
+                                              half, lane);
     if (sums != nullptr) sum_channels<T, D, Block::ROWS_PITCH>(own + Block::SUMS_AT, rows, p, half, lane);
   }
   if (sums == nullptr) return;
@@ -106,9 +106,14 @@ cudaError_t launch_backward(const BackwardArgs& args, cudaStream_t stream) {
   constexpr int kBytes = BackwardBlock<D>::BYTES;
   static_assert(kBytes <= kMostSharedBytes, "");
   float* const rows = args.grad_sums == nullptr ? nullptr : static_cast<float*>(args.workspace);
-  const cudaError_t error = launch_with_memory<backward_kernel<T, D>>(
-      problem.tasks, kThreads, kBytes, stream, window::bulk_copies(), problem, args.grad_output, args.input,
-      args.offset_mask, args.grad_input, args.grad_offset_mask, rows);
+  const auto launch_for = [&](const auto& p) {
+    using P = std::decay_t<decltype(p)>;
+    return launch_with_memory<backward_kernel<T, D, P>>(p.tasks, kThreads, kBytes, stream, window::bulk_copies(), p,
+                                                        args.grad_output, args.input, args.offset_mask, args.grad_input,
+                                                        args.grad_offset_mask, rows);
+  };
+  using Full = FullProblem<BackwardProblem, kSide>;
+  const cudaError_t error = Full::applies(problem) ? launch_for(Full(problem)) : launch_for(problem);
   if (error != cudaSuccess || rows == nullptr) return error;
   const int columns = static_cast<int>(problem.pairs.divisor) * kSumRow<D>;
   return launch_with_memory<sum_kernel<D>>((columns + 31) / 32, 32 * kSumWarps, kSumBytes, stream, window::bulk_copies(),

@@ -12,9 +12,9 @@ struct ForwardBlock {
   static_assert(OwnWeights::PITCH >= 2 * D, "results are staged where the weights were");
 };
 
-template <typename T, int D>
+template <typename T, int D, typename P>
 __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 6)
-    forward_kernel(const Problem p, const void* input, const void* offset_mask, void* output) {
+    forward_kernel(const P p, const void* input, const void* offset_mask, void* output) {
   using Block = ForwardBlock<D>;
   extern __shared__ __align__(16) uint8_t memory[];
   window::wait_for_previous_kernel();
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 6)
   window::copy_commit();
   window::copy_wait<1>();
   __syncthreads();
-  const bool busy = 2 * task.pair + unit < p.groups && has_half(half, p.height_out);
+  const bool busy = p.has_group(2 * task.pair + unit) && has_half(half, p.height_out);
   if (busy) {
     const int m = kHalf * half + lane;
     const uint32_t from = taps_at_pixel(taps_at, task, m, unit);  // zeros where there is no pixel
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 6)
   __syncwarp();  // the weights have been read
   store_sums<T, D, OwnWeights::PITCH>(rows, sums, lane);
   __syncwarp();
-  write_half<D, OwnWeights::PITCH>(output, p.output_stride, p.height_out, p.width_out, rows, task, unit, half, lane);
+  write_half<D, OwnWeights::PITCH, P::FULL>(output, p.output_stride, p.height_out, p.width_out, rows, task, unit, half,
+                                            lane);
 }
 
 template <typename T, int D>
@@ -58,8 +59,13 @@ cudaError_t launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   const Problem problem(args.p);
   constexpr int kBytes = ForwardBlock<D>::BYTES;
   static_assert(kBytes <= kMostSharedBytes, "");
-  return launch_with_memory<forward_kernel<T, D>>(problem.tasks, kThreads, kBytes, stream, window::bulk_copies(),
-                                                  problem, args.input, args.offset_mask, args.output);
+  const auto launch_for = [&](const auto& p) {
+    using P = std::decay_t<decltype(p)>;
+    return launch_with_memory<forward_kernel<T, D, P>>(p.tasks, kThreads, kBytes, stream, window::bulk_copies(), p,
+                                                       args.input, args.offset_mask, args.output);
+  };
+  using Full = FullProblem<Problem, kSide>;
+  return Full::applies(problem) ? launch_for(Full(problem)) : launch_for(problem);
 }
 
 }  // namespace

@@ -66,9 +66,9 @@ __device__ __forceinline__ void load_products(float (&products)[5][5], uint32_t 
 }
 
 // The gradients of the 27 numbers of output pixel m, to `stage`, and its stencil, where all its samples are near.
-template <typename T>
+template <typename T, typename P>
 __device__ __forceinline__ void differentiate_near(float (&stencil)[5][5], uint32_t stage, const Taps& taps, uint32_t own,
-                                                   const Problem& p, int m, int lane) {
+                                                   const P& p, int m, int lane) {
   const int x = p.first_x + m % kSide, y = p.first_y + m / kSide;  // of the middle tap
   float products[5][5];
   load_products(products, own, x - 2, y - 2, lane);
@@ -87,9 +87,9 @@ __device__ __forceinline__ void differentiate_near(float (&stencil)[5][5], uint3
 }
 
 // The same and the whole row of W, wherever the samples lie.
-template <typename T>
+template <typename T, typename P>
 __device__ __forceinline__ void differentiate(OwnWeights& weights, uint32_t stage, const Taps& taps, uint32_t own,
-                                              const Problem& p, int m, int lane) {
+                                              const P& p, int m, int lane) {
   const Anchor anchor = Anchor::of_pixel<kSide>(p, m);
 #pragma unroll
   for (int k = 0; k < window::kTaps; ++k) {

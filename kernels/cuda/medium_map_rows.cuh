@@ -82,8 +82,8 @@ __device__ __forceinline__ void add_sample(uint32_t row, float x, float y, float
 }
 
 // The row of output pixel m. Its offsets and masks are at `from` in shared memory.
-template <typename T>
-__device__ __forceinline__ void build_row(uint32_t row, uint32_t from, const Problem& p, int m) {
+template <typename T, typename P>
+__device__ __forceinline__ void build_row(uint32_t row, uint32_t from, const P& p, int m) {
   static_assert(OwnWeights::PITCH >= 2 * kPixels + 8, "room behind a row");
   Taps near = window::load_taps(from);
   const unsigned far = all_near<T>(near, p.scale) ? 0 : take_far<T>(near, p.scale);

@@ -13,8 +13,8 @@ template <int D>
 constexpr int kWarpSumBytes = 4 * (kPairNumbers + D);
 
 // The warp's share of the staged numbers: every fourth pixel. A lane has a word of the pair's, two numbers.
-template <typename T>
-__device__ __forceinline__ void sum_numbers(uint32_t to, uint32_t stage, const Problem& p, int warp, int lane) {
+template <typename T, typename P>
+__device__ __forceinline__ void sum_numbers(uint32_t to, uint32_t stage, const P& p, int warp, int lane) {
   if (lane >= kPairNumbers / 2) return;
   float low = 0.f, high = 0.f;
   const uint32_t from = stage + warp * kNumbersPitch + 4 * lane;
@@ -32,8 +32,8 @@ __device__ __forceinline__ void sum_numbers(uint32_t to, uint32_t stage, const P
 
 // Of the warp's half of its group's input gradient, in rows of shared memory PITCH bytes apart. A lane has a word of the
 // channels, two of them, of every PARTS-th pixel.
-template <typename T, int D, int PITCH>
-__device__ __forceinline__ void sum_channels(uint32_t to, uint32_t rows, const Problem& p, int half, int lane) {
+template <typename T, int D, int PITCH, typename P>
+__device__ __forceinline__ void sum_channels(uint32_t to, uint32_t rows, const P& p, int half, int lane) {
   constexpr int WORDS = D / 2, PARTS = 32 / WORDS;
   const int word = lane % WORDS, part = lane / WORDS;
   float low = 0.f, high = 0.f;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void sum_channels(uint32_t to, uint32_t rows, const P
   for (int i = 0; i < kHalf; i += PARTS) {
     const int m = i + part;
     const uint32_t both = window::load_shared(rows + m * PITCH + 4 * word);
-    const bool inside = pixel_at<kSide>(kHalf * half + m, p.height_in, p.width_in) >= 0;
+    const bool inside = P::FULL || pixel_at<kSide>(kHalf * half + m, p.height_in, p.width_in) >= 0;
     low += inside ? Dtype<T>::low(both) : 0.f, high += inside ? Dtype<T>::high(both) : 0.f;
   }
 #pragma unroll
@@ -56,8 +56,8 @@ __device__ __forceinline__ void sum_channels(uint32_t to, uint32_t rows, const P
 
 // The block's row: the warps' sums, `pitch` bytes apart, added in a fixed order. What belongs to a group that there is not
 // is of no use.
-template <int D>
-__device__ __forceinline__ void add_sums(float* row, uint32_t sums, int pitch, const Problem& p, int thread) {
+template <int D, typename P>
+__device__ __forceinline__ void add_sums(float* row, uint32_t sums, int pitch, const P& p, int thread) {
   const auto load = [&](int warp, int column) {
     return __uint_as_float(window::load_shared(sums + warp * pitch + 4 * column));
   };

@@ -27,7 +27,7 @@ __device__ __forceinline__ void write_pixels(void* tensor, int64_t stride, int h
   const int chunk = lane % CHUNKS, first = lane / CHUNKS, byte = task.pair * 4 * D + 16 * chunk;
   char* const image = static_cast<char*>(tensor) + task.image * height * width * stride + byte;
   const uint32_t own = tile + first * Tile<D>::PITCH + 16 * chunk;
-  for_pixels<kSide, STEP, kPixels>(first, height, width, stride, [&](int i, bool inside, int64_t bytes) {
+  for_pixels<kSide, STEP, kPixels, false>(first, height, width, stride, [&](int i, bool inside, int64_t bytes) {
     const uint4 v = window::load_shared16(own + i * STEP * Tile<D>::PITCH);
     if (inside && byte < p.channel_bytes) window::store_global16(image + bytes, v);
   });

@@ -40,6 +40,7 @@ struct PairTile {
 
 // What the kernels need of a call. Strides in bytes, from pixel to pixel.
 struct Problem {
+  static constexpr bool FULL = false;
   int height_in, width_in, height_out, width_out;
   int groups, channel_bytes, offset_mask_bytes;  // of a pixel
   int64_t input_stride, offset_mask_stride, output_stride;
@@ -56,6 +57,22 @@ struct Problem {
         output_stride(2 * p.output_pixel_stride), first_x(1 - p.pad_w), first_y(1 - p.pad_h),
         scale(p.offset_scale), tasks(static_cast<uint32_t>(p.batch * ((p.groups + 1) / 2))),
         pairs((p.groups + 1) / 2) {}
+  // Whether there is such a group, or byte of a pixel's channels.
+  __device__ __forceinline__ bool has_group(int group) const { return group < groups; }
+  __device__ __forceinline__ bool has_channels(int byte) const { return byte < channel_bytes; }
+};
+
+// The same where both maps have SIDE x SIDE pixels and no pair lacks a group: what is known need not be looked at.
+template <typename Base, int SIDE>
+struct FullProblem : Base {
+  static constexpr bool FULL = true;
+  static constexpr int height_in = SIDE, width_in = SIDE, height_out = SIDE, width_out = SIDE, first_x = 0, first_y = 0;
+  explicit FullProblem(const Base& p) : Base(p) {}
+  static bool applies(const Base& p) {
+    return p.height_in == SIDE && p.width_in == SIDE && p.height_out == SIDE && p.width_out == SIDE && p.groups % 2 == 0;
+  }
+  __device__ __forceinline__ bool has_group(int) const { return true; }
+  __device__ __forceinline__ bool has_channels(int) const { return true; }
 };
 
 // A task's image and pair.
@@ -76,8 +93,8 @@ __device__ __forceinline__ int pixel_at(int m, int height, int width) {
 }
 
 // Calls visit(i, inside, bytes) for the pixels first, first + STEP, ... of PIXELS: i from 0 on, whether the map has the pixel,
-// and, if so, how many bytes behind the map's first pixel it lies in memory.
-template <int SIDE, int STEP, int PIXELS, typename Visit>
+// and, if so, how many bytes behind the map's first pixel it lies in memory. FULL: the map has all.
+template <int SIDE, int STEP, int PIXELS, bool FULL, typename Visit>
 __device__ __forceinline__ void for_pixels(int first, int height, int width, int64_t stride, Visit visit) {
   if constexpr (STEP % SIDE == 0) {  // whole rows: one multiplication for all
     constexpr int ROWS = STEP / SIDE;
@@ -85,34 +102,34 @@ __device__ __forceinline__ void for_pixels(int first, int height, int width, int
     int64_t bytes = (y * width + x) * stride;
     const int64_t step = ROWS * width * stride;
 #pragma unroll
-    for (int i = 0; i < PIXELS / STEP; ++i, bytes += step) visit(i, x < width && y + i * ROWS < height, bytes);
+    for (int i = 0; i < PIXELS / STEP; ++i, bytes += step) visit(i, FULL || (x < width && y + i * ROWS < height), bytes);
   } else {
 #pragma unroll
     for (int i = 0; i < PIXELS / STEP; ++i) {
       const int pixel = pixel_at<SIDE>(first + i * STEP, height, width);
-      visit(i, pixel >= 0, pixel * stride);
+      visit(i, FULL || pixel >= 0, pixel * stride);
     }
   }
 }
 
 // Begins copying the pair's channels of an image to shared memory, zeros where there are none; `thread` is one of THREADS.
-template <int D, int SIDE, int THREADS>
+template <int D, int SIDE, int THREADS, typename P>
 __device__ __forceinline__ void copy_pixels(uint32_t tile, const void* tensor, int64_t stride, int height, int width,
-                                            const Problem& p, const Task& task, int thread) {
+                                            const P& p, const Task& task, int thread) {
   using Tile = PairTile<D, SIDE * SIDE>;
   constexpr int STEP = THREADS / Tile::CHUNKS;
   const int chunk = thread % Tile::CHUNKS, first = thread / Tile::CHUNKS, byte = task.pair * 4 * D + 16 * chunk;
   const char* const image = static_cast<const char*>(tensor) + task.image * height * width * stride;
   const uint32_t to = tile + first * Tile::PITCH + 16 * chunk;
-  for_pixels<SIDE, STEP, SIDE * SIDE>(first, height, width, stride, [&](int i, bool inside, int64_t bytes) {
-    const bool valid = inside && byte < p.channel_bytes;
+  for_pixels<SIDE, STEP, SIDE * SIDE, P::FULL>(first, height, width, stride, [&](int i, bool inside, int64_t bytes) {
+    const bool valid = inside && p.has_channels(byte);
     window::copy_async16(to + i * STEP * Tile::PITCH, valid ? image + bytes + byte : image, valid);
   });
 }
 
 // Begins copying the pair's offsets and masks to shared memory, zeros outside the map.
-template <int SIDE, int THREADS>
-__device__ __forceinline__ void copy_taps(uint32_t to, const void* offset_mask, const Problem& p, const Task& task,
+template <int SIDE, int THREADS, typename P>
+__device__ __forceinline__ void copy_taps(uint32_t to, const void* offset_mask, const P& p, const Task& task,
                                           int thread) {
   constexpr int PIECES = PairSpan::NEEDED, STEP = THREADS / PIECES;
   static_assert(PIECES == 8, "a power of two");
@@ -120,7 +137,7 @@ __device__ __forceinline__ void copy_taps(uint32_t to, const void* offset_mask, 
   const char* const image = static_cast<const char*>(offset_mask) +
                             task.image * p.height_out * p.width_out * p.offset_mask_stride;
   const uint32_t own = to + first * PairSpan::PITCH + 16 * piece;
-  for_pixels<SIDE, STEP, SIDE * SIDE>(
+  for_pixels<SIDE, STEP, SIDE * SIDE, P::FULL>(
       first, p.height_out, p.width_out, p.offset_mask_stride, [&](int i, bool inside, int64_t bytes) {
         const bool valid = inside && byte < p.offset_mask_bytes;
         window::copy_async16(own + i * STEP * PairSpan::PITCH, valid ? image + bytes + byte : image, valid);
@@ -169,8 +186,8 @@ struct Sample {
 // What a lane's samples lie around: its middle tap, offsets apart.
 struct Anchor {
   float x, y, scale, width, height;
-  template <int SIDE>
-  static __device__ __forceinline__ Anchor of_pixel(const Problem& p, int m) {
+  template <int SIDE, typename P>
+  static __device__ __forceinline__ Anchor of_pixel(const P& p, int m) {
     return {static_cast<float>(p.first_x + m % SIDE), static_cast<float>(p.first_y + m / SIDE), p.scale.scale,
             static_cast<float>(p.width_in), static_cast<float>(p.height_in)};
   }

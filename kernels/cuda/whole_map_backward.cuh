@@ -72,8 +72,8 @@ struct BackwardProblem : Problem {
 
 // Writes the pair's staged gradients of offset_mask, 16 of THREADS threads a pixel; a pair begins at a word of memory.
 constexpr int kNumbersPitch = 2 * kPairNumbers;
-template <int SIDE, int THREADS>
-__device__ __forceinline__ void write_numbers(void* tensor, uint32_t stage, const BackwardProblem& p, const Task& task,
+template <int SIDE, int THREADS, typename P>
+__device__ __forceinline__ void write_numbers(void* tensor, uint32_t stage, const P& p, const Task& task,
                                               int thread) {
   constexpr int WORDS = kPairNumbers / 2, STEP = THREADS / 16;
   static_assert(WORDS > 16 && WORDS <= 32, "two words a thread");
@@ -82,7 +82,7 @@ __device__ __forceinline__ void write_numbers(void* tensor, uint32_t stage, cons
   const int words = last ? (p.grad_offset_mask_bytes - begin) / 4 : WORDS;
   char* image = static_cast<char*>(tensor) + task.image * p.height_out * p.width_out * p.grad_offset_mask_stride + begin;
   const uint32_t own = stage + first * kNumbersPitch + 4 * word;
-  for_pixels<SIDE, STEP, SIDE * SIDE>(
+  for_pixels<SIDE, STEP, SIDE * SIDE, P::FULL>(
       first, p.height_out, p.width_out, p.grad_offset_mask_stride, [&](int i, bool inside, int64_t bytes) {
         auto* const to = reinterpret_cast<uint32_t*>(image + bytes) + word;
         const uint32_t from = own + i * STEP * kNumbersPitch;

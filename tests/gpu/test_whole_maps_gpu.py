@@ -84,7 +84,10 @@ def test_places_just_outside_do_not_count(side, dtype, bad):
     value, offset_mask, grad = make(geometry, dtype, offset_std=0.2)
     groups = offset_mask[..., :81].unflatten(-1, (3, 27))
     groups[:, 0, :, :, 1] = -0.25  # the upper left tap of the first row, at y = -1.25
-    groups[:, 0, :, :, 18] = bad
+    groups[:, 1, :, :, 1] = -1.0  # and of the second, at y = -1
+    groups[:, 2:, 1, :, 0] = -1.0  # and of the second column, at x = -1
+    groups[:, :2, :, :, 18] = bad
+    groups[:, 2:, 1, :, 18] = bad
     exact = reference(geometry, value, offset_mask, grad)
     for got, best in zip(native(geometry, value, offset_mask, grad), exact, strict=True):
         assert torch.isfinite(got).all()
@@ -102,6 +105,20 @@ def test_few_far_samples_among_near_ones(side, dtype):
     groups[2, :, :, 1, 4] = 1.0
     groups[4, :, :, 0, 5] = 1.0
     groups[3, :, :, 3, 16:18] = torch.tensor([-1.0, 1.5], device="cuda")
+    tensors = value, offset_mask, grad
+    check_tensors(geometry, tensors, reference(geometry, *tensors, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@by_side
+def test_offsets_of_zero(side, dtype, share):
+    """As a layer begins: the outermost taps are at -1 and at the side, which do not count and have no derivative."""
+    geometry = Geometry(5, side, side, 3, 32)
+    value, offset_mask, grad = make(geometry, dtype, offset_std=0.2)
+    offsets = offset_mask[..., :81].unflatten(-1, (3, 27))[..., :18]
+    zero = torch.rand(offsets.shape, generator=torch.Generator().manual_seed(0)) < share
+    offsets[zero.to(offsets.device)] = 0
     tensors = value, offset_mask, grad
     check_tensors(geometry, tensors, reference(geometry, *tensors, dtype=dtype), dtype)
 
