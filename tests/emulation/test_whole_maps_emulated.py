@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from gpu.helpers import Geometry, make, reference
+from gpu.whole_maps import few_far_samples, masks_off_the_map, offsets_of_zero
 
 HALVES = [torch.float16, torch.bfloat16]
 SIZES = {4: [(1, 1), (4, 4), (3, 2), (1, 4)], 8: [(8, 8), (5, 8), (8, 1), (7, 6)]}
@@ -76,17 +77,9 @@ def test_places_that_do_not_count(emulated, side, dtype, bad):
 @by_dtype
 @by_side
 def test_places_just_outside_do_not_count(emulated, side, dtype, bad):
-    """Of a sample that is near its place on the grid but off the map, the mask reaches nothing either."""
-    geometry = Geometry(2, side, side, 3, 32)
-    value, offset_mask, grad = make(geometry, dtype, offset_std=0.2, device="cpu")
-    groups = offset_mask[..., :81].unflatten(-1, (3, 27))
-    groups[:, 0, :, :, 1] = -0.25  # the upper left tap of the first row, at y = -1.25
-    groups[:, 1, :, :, 1] = -1.0  # and of the second, at y = -1
-    groups[:, 2:, 1, :, 0] = -1.0  # and of the second column, at x = -1
-    groups[:, :2, :, :, 18] = bad
-    groups[:, 2:, 1, :, 18] = bad
-    exact = reference(geometry, value, offset_mask, grad)
-    for got, best in zip(emulated(geometry, value, offset_mask, grad)[:3], exact, strict=True):
+    """The mask of a sample just off the map, or a whole pixel, reaches nothing either."""
+    geometry, tensors = masks_off_the_map(side, dtype, bad, "cpu")
+    for got, best in zip(emulated(geometry, *tensors)[:3], reference(geometry, *tensors), strict=True):
         assert torch.isfinite(got).all()
         torch.testing.assert_close(got.double(), best, rtol=0.02, atol=0.02 * best.abs().max().item())
 
@@ -94,28 +87,16 @@ def test_places_just_outside_do_not_count(emulated, side, dtype, bad):
 @by_dtype
 @by_side
 def test_few_far_samples_among_near_ones(emulated, side, dtype):
-    """Warps in which one lane alone, or one tap of every lane, is far, and others in which none is."""
-    geometry = Geometry(6, side, side, 4, 32)
-    value, offset_mask, grad = make(geometry, dtype, offset_std=0.2, device="cpu")
-    groups = offset_mask[..., :108].unflatten(-1, (4, 27))
-    groups[1, 0, side - 1, 2, 6:8] = torch.tensor([-2.5, 1.75])
-    groups[2, :, :, 1, 4] = 1.0
-    groups[4, :, :, 0, 5] = 1.0
-    groups[3, :, :, 3, 16:18] = torch.tensor([-1.0, 1.5])
-    emulated.check(geometry, (value, offset_mask, grad), reproducible=True)
+    geometry, tensors = few_far_samples(side, dtype, "cpu")
+    emulated.check(geometry, tensors, reproducible=True)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @by_dtype
 @by_side
 def test_offsets_of_zero(emulated, side, dtype, share):
-    """As a layer begins: the outermost taps are at -1 and at the side, which do not count and have no derivative."""
-    geometry = Geometry(5, side, side, 3, 32)
-    value, offset_mask, grad = make(geometry, dtype, offset_std=0.2, device="cpu")
-    offsets = offset_mask[..., :81].unflatten(-1, (3, 27))[..., :18]
-    zero = torch.rand(offsets.shape, generator=torch.Generator().manual_seed(0)) < share
-    offsets[zero] = 0
-    emulated.check(geometry, (value, offset_mask, grad), reproducible=True)
+    geometry, tensors = offsets_of_zero(side, dtype, share, "cpu")
+    emulated.check(geometry, tensors, reproducible=True)
 
 
 @pytest.mark.parametrize("padding", [3, 4])
