@@ -22,7 +22,7 @@ _SMALLER = {"backward_launch.cuh": {"kLarge = 20000000;": "kLarge = 20000;", "kF
 # Signed numbers wrap and types alias as nvcc lets them; fortified code takes jumps from stack to stack for a mistake.
 _FLAGS = [
     "-std=c++20", "-fPIC", "-fvisibility=hidden", "-w", "-fwrapv", "-fno-strict-aliasing",
-    "-U_FORTIFY_SOURCE", "-D__CUDA_ARCH__=900",
+    "-U_FORTIFY_SOURCE",
 ]  # fmt: skip
 
 
@@ -30,14 +30,18 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("c++")
 
 
-def build(folder: Path) -> Path:
-    """The library, in a folder below `folder` that is named by all it is made of: compiled where there is none yet."""
+def build(folder: Path, architecture: int) -> Path:
+    """The library of an architecture such as 90, for sm_90: compiled where it is not there yet.
+
+    In a folder below `folder` that is named by all it is made of; what others are there is removed.
+    """
+    flags = [*_FLAGS, f"-D__CUDA_ARCH__={10 * architecture}"]
     sources = [path for path in sorted((_KERNELS / "cuda").iterdir()) if path.suffix in (".cu", ".cuh", ".h")]
     sources.append(_MACHINE_TEST)
     texts = {path.name: _translated(path) for path in sources if not path.name.startswith(_LEFT_OUT)}
     headers = [_KERNELS / "include" / "dcngen_kernels.h", *sorted(_MACHINE.iterdir())]
     version = subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
-    everything = [version, *_FLAGS, *texts.values(), *(path.read_text() for path in headers)]
+    everything = [version, *flags, *texts.values(), *(path.read_text() for path in headers)]
     made = folder / hashlib.sha256("\0".join(everything).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -48,7 +52,8 @@ def build(folder: Path) -> Path:
             made.mkdir()
             for name, text in texts.items():
                 (made / name).write_text(text)
-            _compile(made, [made / name for name in texts if name.endswith(".cu")] + sorted(_MACHINE.glob("*.cpp")))
+            kernels = [made / name for name in texts if name.endswith(".cu")]
+            _compile(made, flags, [*kernels, *sorted(_MACHINE.glob("*.cpp"))])
     return made / "libemulated.so"
 
 
@@ -60,12 +65,12 @@ def _translated(path: Path) -> str:
     return translate(text, str(path))
 
 
-def _compile(folder: Path, sources: list[Path]) -> None:
+def _compile(folder: Path, flags: list[str], sources: list[Path]) -> None:
     def one(source: Path) -> Path:
         to = folder / f"{source.name}.o"
         level = "-O1" if source.suffix == ".cu" else "-O3"
         paths = [f"-I{_MACHINE}", f"-I{folder}", f"-I{_KERNELS / 'include'}"]
-        _run([compiler(), "-x", "c++", *_FLAGS, level, *paths, "-c", str(source), "-o", str(to)])
+        _run([compiler(), "-x", "c++", *flags, level, *paths, "-c", str(source), "-o", str(to)])
         return to
 
     # Those that take longest first.

@@ -53,7 +53,7 @@ cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, s
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 enum { cudaSharedmemCarveoutMaxL1 = 0 };
 struct cudaFuncAttributes {
-  int ptxVersion = 90;
+  int ptxVersion = __CUDA_ARCH__ / 10;
 };
 namespace emulation {
 cudaError_t set_most_shared_bytes(const void* kernel, int bytes);

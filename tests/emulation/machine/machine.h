@@ -81,7 +81,7 @@ void meet(unsigned mask, const char* name, Brought& brought, void (*together)(Br
 // Shared memory is addressed from here on, as on devices that keep the first bytes for themselves: an address of 0 is
 // one outside.
 constexpr uint32_t kSharedBegin = 1024;
-constexpr int kMostSharedBytes = 227 * 1024;  // of a block
+constexpr int kMostSharedBytes = (__CUDA_ARCH__ >= 900 ? 227 : 99) * 1024;  // of a block
 
 // `bytes` of shared memory at an address, which must be a multiple of `alignment`; to be read or written by a thread.
 char* shared(uint32_t address, int bytes, int alignment);

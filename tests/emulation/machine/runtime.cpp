@@ -1,4 +1,4 @@
-// The runtime's and the driver's functions: one device of sm_90 with two multiprocessors, so that what is chosen by
+// The runtime's and the driver's functions: one device with two multiprocessors, so that what is chosen by
 // their number is reached by small problems, and launches that end before they return.
 #include <cstring>
 #include <map>
@@ -52,8 +52,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 2; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::kMostSharedBytes; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = __CUDA_ARCH__ / 100; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = __CUDA_ARCH__ / 10 % 10; break;
   }
   return cudaSuccess;
 }
