@@ -1,7 +1,8 @@
 """CUDA sources as C++ that any compiler takes: the few things that headers cannot stand in for.
 
 Asm statements become calls of the functions of machine/ptx.h, one an instruction, in the order of the text; shared
-memory becomes a place that the machine gives; kernel<<<...>>>(...) becomes a call. Lines keep their numbers.
+memory becomes a place that the machine gives. Launches are those of kernels/cuda/launch.h: kernel<<<...>>>(...) is an
+error. Lines keep their numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\((\d+)\) )?([\w ]+?) (\w+)\[\];")
 _STATIC_SHARED = re.compile(r"(?<!extern )__shared__ ([\w:]+) (\w+)((?:\[\w+\])*);")
-_LAUNCH = re.compile(r"(\w+(?:<[\w, ]*>)?)<<<(.*?)>>>\(")
 _ASM = re.compile(r"\basm\s*(?:volatile\s*)?\(")
 
 
@@ -31,7 +31,6 @@ def translate(source: str, name: str) -> str:
         return f"using shared_{m[2]} = {m[1]}{m[3]}; auto& {m[2]} = *static_cast<shared_{m[2]}*>({memory});"
 
     source = _STATIC_SHARED.sub(static_shared, _DYNAMIC_SHARED.sub(dynamic_shared, source))
-    source = _LAUNCH.sub(r"::emulation::configured(\1, \2)(", source)
     for number, line in enumerate(source.splitlines(), start=1):
         if left := re.search(r"__shared__|<<<", line.split("//")[0]):
             raise TranslationError(f"{name}, line {number}: cannot translate this {left[0]}")

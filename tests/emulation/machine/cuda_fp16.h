@@ -1,17 +1,10 @@
 // Stands in for CUDA's header of the same name: what is used of it.
 #pragma once
 
-#include "cuda_runtime.h"
+#include "shorts.h"
 
-struct __half {
-  uint16_t bits;
-  __half() = default;
-  explicit __half(float v) : bits(emulation::half_bits(v)) {}
-  operator float() const { return emulation::half_float(bits); }
-};
-struct alignas(4) __half2 {
-  __half x, y;
-};
+using __half = emulation::Short<emulation::half_bits, emulation::half_float>;
+using __half2 = emulation::Pair<__half>;
 
 inline float __half2float(__half v) { return v; }
 inline __half __float2half_rn(float v) { return __half(v); }
@@ -25,12 +18,4 @@ inline __half2 __hmul2(__half2 a, __half2 b) {
 }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return __floats2half2_rn(std::fma(float(a.x), float(b.x), float(c.x)), std::fma(float(a.y), float(b.y), float(c.y)));
-}
-inline __half2 __habs2(__half2 v) {
-  v.x.bits &= 0x7fff, v.y.bits &= 0x7fff;
-  return v;
-}
-inline __half2 __hmax2_nan(__half2 a, __half2 b) {
-  const auto most = [](float x, float y) { return x != x || y != y ? NAN : x > y ? x : y; };
-  return __floats2half2_rn(most(a.x, b.x), most(a.y, b.y));
 }

@@ -36,7 +36,6 @@ enum cudaError_t {
   cudaErrorNotSupported = 801,
 };
 const char* cudaGetErrorString(cudaError_t error);
-cudaError_t cudaGetLastError();
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -98,18 +97,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return emulation::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
                            config->dynamicSmemBytes, thread, &call);
 }
-
-// What kernel<<<blocks, threads, shared_bytes, stream>>>(...) becomes.
-namespace emulation {
-template <typename... Parameters>
-auto configured(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t) {
-  return [=](const auto&... arguments) {
-    cudaLaunchConfig_t config;
-    config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
-    cudaLaunchKernelEx(&config, kernel, arguments...);  // its error stays for cudaGetLastError
-  };
-}
-}  // namespace emulation
 
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum { cudaEnableDefault = 0 };

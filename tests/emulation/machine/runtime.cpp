@@ -11,13 +11,7 @@ namespace {
 
 constexpr int kUnaskedSharedBytes = 48 * 1024;
 
-cudaError_t last_error = cudaSuccess;
 std::map<const void*, int> most_shared_bytes;
-
-cudaError_t remember(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
-}
 
 }  // namespace
 
@@ -31,12 +25,6 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorLaunchFailure: text = emulation::last_failure(); return text.c_str();
     default: return "another error";
   }
-}
-
-cudaError_t cudaGetLastError() {
-  const cudaError_t error = last_error;
-  last_error = cudaSuccess;
-  return error;
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -64,7 +52,7 @@ cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, s
 }
 
 cudaError_t emulation::set_most_shared_bytes(const void* kernel, int bytes) {
-  if (bytes > kMostSharedBytes) return remember(cudaErrorInvalidValue);
+  if (bytes > kMostSharedBytes) return cudaErrorInvalidValue;
   most_shared_bytes[kernel] = bytes;
   return cudaSuccess;
 }
@@ -75,9 +63,9 @@ cudaError_t emulation::launch(const void* kernel, const dim3& blocks, const dim3
   const int asked = found == most_shared_bytes.end() ? 0 : found->second, most = std::max(asked, kUnaskedSharedBytes);
   const bool fits = blocks.x > 0 && blocks.x < 1u << 31 && threads.x > 0 && threads.x <= 1024 &&
                     blocks.y * blocks.z * threads.y * threads.z == 1 && shared_bytes <= static_cast<size_t>(most);
-  if (!fits) return remember(cudaErrorInvalidConfiguration);
+  if (!fits) return cudaErrorInvalidConfiguration;
   const Grid grid = {{blocks.x, 1, 1}, {threads.x, 1, 1}, shared_bytes};
-  return remember(run_grid(grid, thread, argument) ? cudaSuccess : cudaErrorLaunchFailure);
+  return run_grid(grid, thread, argument) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
